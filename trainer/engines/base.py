@@ -1,0 +1,88 @@
+"""What the loop, checkpoints and EMA ask of an engine: where parameters live and how a step is taken."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from trainer.objectives.base import Phase
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a whole tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank holds of one tensor.
+
+    Args:
+        name: `<network>.<fully qualified parameter name>`.
+        shape: the whole tensor's shape.
+        boxes: the parts of it held here; none where this rank holds nothing of it. With replicas (HSDP, or small
+            tensors under ZeRO) the same box is held by several ranks.
+        tensor: float32, 1-D view of the live state: the boxes one after the other, each row-major. Writing to it
+            changes the run, once `Engine.written` has been called.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a phase's optimiser step did.
+
+    Args:
+        grad_norm: global 2-norm of the phase's gradient before clipping.
+        skipped: a non-finite gradient: no parameter or moment has changed.
+    """
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """Owns the networks of a run. `networks` are called like plain modules by the objective."""
+
+    networks: Mapping[str, nn.Module]
+
+    def backward(self, phase: Phase, loss: Tensor) -> None:
+        """Accumulate a pass's gradient for the phase's networks. Gradients of all ranks and passes are *summed*: the
+        loop divides by the global batch, so a step follows the mean over all samples whatever the layout."""
+
+    def accumulating(self, phase: Phase, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward of one pass; communication may wait for the last pass of the step."""
+
+    def step(self, phase: Phase, lr: float) -> StepResult:
+        """Clip, update the phase's networks unless the gradient is not finite, and clear gradients."""
+
+    def discard(self, phase: Phase) -> None:
+        """Drop the phase's accumulated gradients (rehearsal passes, non-finite losses)."""
+
+    def shards(self, kind: str) -> Iterator[Shard]:
+        """This rank's part of the trainable networks' state, in a fixed order: `kind` is "weight" (fp32 masters) or an
+        optimiser moment ("exp_avg", "exp_avg_sq")."""
+
+    def kinds(self) -> Sequence[str]:
+        """All kinds of `shards`, "weight" first."""
+
+    def written(self) -> None:
+        """Tell the engine that shards were written, so that compute-precision copies are refreshed."""
+
+    def steps_taken(self) -> dict[str, int]:
+        """Optimiser updates so far, by phase name (Adam's bias correction)."""
+
+    def set_steps_taken(self, steps: Mapping[str, int]) -> None:
+        """Set what `steps_taken` gives, on resume."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes this rank holds, by kind: parameters, gradients, optimizer, frozen."""
