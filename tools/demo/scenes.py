@@ -1,0 +1,210 @@
+"""Captioned pictures of coloured shapes, drawn rather than collected, and a hold-out that asks for composition.
+
+A scene has one object (in a corner or in the middle) or two (side by side, or one above the other). An object is a
+triple (shape, colour, place): 4 shapes x 6 colours x 9 places = 216 triples. The hold-out is systematic: with the
+shape, colour and place numbered in the order of `SHAPES`, `COLOURS` and `PLACES`, a triple is held out when
+
+    (shape + colour + place) mod 6 == 0,
+
+36 triples in all. For every shape and place exactly one colour is missing, and for every shape and colour one or two
+places. No training scene contains such an object, yet training shows every *pair*: each shape in each colour, each
+shape in each place, and each colour in each place. A held-out scene has at least one held-out object, so a model draws
+it only if it has learned shape, colour and place as parts.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import webdataset
+from PIL import Image
+
+SHAPES = ("circle", "square", "triangle", "cross")
+# sRGB, about evenly spaced in hue and saturated, so that a picture of 32 x 32 pixels still tells them apart.
+COLOURS = {
+    "red": (220, 30, 40),
+    "yellow": (235, 200, 20),
+    "green": (30, 160, 60),
+    "cyan": (40, 195, 215),
+    "blue": (35, 65, 205),
+    "purple": (165, 45, 190),
+}
+# Where an object's middle is, as fractions (x, y) of the picture's width and height.
+NEAR, MIDDLE, FAR = 0.25, 0.5, 0.75
+PLACES = {
+    "top left": (NEAR, NEAR),
+    "top right": (FAR, NEAR),
+    "centre": (MIDDLE, MIDDLE),
+    "bottom left": (NEAR, FAR),
+    "bottom right": (FAR, FAR),
+    "left": (NEAR, MIDDLE),
+    "right": (FAR, MIDDLE),
+    "top": (MIDDLE, NEAR),
+    "bottom": (MIDDLE, FAR),
+}
+SINGLE_PLACES = ("top left", "top right", "centre", "bottom left", "bottom right")
+PAIR_PLACES = (("left", "right"), ("top", "bottom"))
+# Width x height of the stored pictures: three aspect ratios of about equal area.
+SIZES = ((64, 64), (72, 56), (56, 72))
+FORMATS = ("jpg", "png", "webp")
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """A shape of one colour at one place; the names are those of `SHAPES`, `COLOURS` and `PLACES`."""
+
+    shape: str
+    colour: str
+    place: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether training never shows this triple (the rule is in the module's docstring)."""
+        number = SHAPES.index(self.shape) + list(COLOURS).index(self.colour) + list(PLACES).index(self.place)
+        return number % 6 == 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows, and its caption.
+
+    Args:
+        objects: one object, or two, the left or upper one first.
+        caption: a sentence that names every object's shape, colour and place.
+        width: of the stored picture, in pixels.
+        height: of the stored picture, in pixels.
+    """
+
+    objects: tuple[SceneObject, ...]
+    caption: str
+    width: int
+    height: int
+
+    @property
+    def held_out(self) -> bool:
+        """Whether any of the objects is held out."""
+        return any(thing.held_out for thing in self.objects)
+
+
+def describe(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> str:
+    """A caption, in one of the grammar's phrasings."""
+    names = [f"{thing.colour} {thing.shape}" for thing in objects]
+    if len(objects) == 1:
+        (name,), place = names, objects[0].place
+        where = "in the centre" if place == "centre" else f"in the {place} corner"
+        return _choose(rng, f"a {name} {where}", f"{where}, a {name}", f"there is a {name} {where}", f"{name}, {place}")
+    sides = [thing.place for thing in objects]
+    where = [f"on the {side}" if side in ("left", "right") else f"at the {side}" for side in sides]
+    relation = {"left": "to the left of", "right": "to the right of", "top": "above", "bottom": "below"}
+    order = (0, 1) if rng.random() < 0.5 else (1, 0)
+    (one, other), (here, there) = [names[i] for i in order], [where[i] for i in order]
+    return _choose(
+        rng,
+        f"a {one} {here} and a {other} {there}",
+        f"{here}, a {one}; {there}, a {other}",
+        f"a {one} {relation[sides[order[0]]]} a {other}",
+        f"{one}, {sides[order[0]]}; {other}, {sides[order[1]]}",
+    )
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The scene as (height, width, 3) uint8 RGB, antialiased; sizes, positions, angles, shades and background vary."""
+    scale = _SUPERSAMPLING
+    background = rng.uniform(215, 250) + rng.uniform(-5, 5, size=3)
+    slope = rng.uniform(-8, 8, size=2)
+    y, x = np.mgrid[-0.5 : 0.5 : scene.height * scale * 1j, -0.5 : 0.5 : scene.width * scale * 1j]
+    canvas = background + (slope[0] * y + slope[1] * x)[..., None]
+    canvas = np.ascontiguousarray(canvas.clip(0, 255).astype(np.uint8))
+    side = min(scene.width, scene.height)
+    for thing in scene.objects:
+        radius = rng.uniform(0.165, 0.195) * side
+        middle = np.array(PLACES[thing.place]) * (scene.width, scene.height) + rng.uniform(-0.02, 0.02, size=2) * side
+        colour = (np.array(COLOURS[thing.colour]) + rng.uniform(-12, 12, size=3)).clip(0, 255)
+        points = middle + radius * _outline(thing.shape, np.radians(rng.uniform(-6, 6)))
+        cv2.fillPoly(canvas, [np.round(points * scale).astype(np.int32)], tuple(map(float, colour)))
+    return cv2.resize(canvas, (scene.width, scene.height), interpolation=cv2.INTER_AREA)
+
+
+def scenes(count: int, seed: int, held_out: bool) -> Iterator[Scene]:
+    """`count` scenes, either all free of held-out objects (for training) or each with at least one (for the test).
+
+    One half shows one object, the other two. Every kind of scene is equally likely, up to the hold-out.
+    """
+    rng = np.random.default_rng([seed, int(held_out)])
+    for index in range(count):
+        width, height = SIZES[rng.integers(len(SIZES))]
+        places = (_choose(rng, *SINGLE_PLACES),) if index % 2 == 0 else _choose(rng, *PAIR_PLACES)
+        while True:
+            objects = tuple(SceneObject(_choose(rng, *SHAPES), _choose(rng, *COLOURS), place) for place in places)
+            if any(thing.held_out for thing in objects) == held_out:
+                break
+        yield Scene(objects, describe(objects, rng), width, height)
+
+
+def encode(picture: np.ndarray, extension: str) -> bytes:
+    """The picture as a JPEG, PNG or WebP file."""
+    options = {"jpg": {"quality": 92}, "png": {"compress_level": 1}, "webp": {"quality": 92, "method": 0}}[extension]
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension], **options)
+    return buffer.getvalue()
+
+
+def write_tars(folder: Path, count: int, seed: int, held_out: bool = False, per_shard: int = 1000) -> list[Scene]:
+    """Write `count` scenes to `folder/00000.tar` and so on, and return them in the tars' order.
+
+    Each sample has a picture, a `.txt` with the caption and a `.json` with caption, width, height and objects. The same
+    arguments write the same pictures.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, int(held_out), 1])
+    written = list(scenes(count, seed, held_out))
+    for start in range(0, count, per_shard):
+        with webdataset.TarWriter(str(folder / f"{start // per_shard:05d}.tar"), mtime=0) as tar:
+            for index, scene in enumerate(written[start : start + per_shard], start):
+                extension = FORMATS[index % len(FORMATS)]
+                facts = {"caption": scene.caption, "width": scene.width, "height": scene.height}
+                tar.write(
+                    {
+                        "__key__": f"{'held' if held_out else 'scene'}_{index:06d}",
+                        extension: encode(draw(scene, rng), extension),
+                        "txt": scene.caption,
+                        "json": json.dumps(facts | {"objects": [asdict(thing) for thing in scene.objects]}),
+                    }
+                )
+    return written
+
+
+def _choose(rng: np.random.Generator, *options):
+    return options[rng.integers(len(options))]
+
+
+def _outline(shape: str, angle: float) -> np.ndarray:
+    """(k, 2) corners of a shape of about unit radius around its centroid, turned by `angle` radians."""
+    if shape == "circle":
+        turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+        points = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    elif shape == "square":
+        points = 0.87 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+    elif shape == "triangle":
+        turn = np.radians([-90, 30, 150])
+        points = 1.15 * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    elif shape == "cross":
+        arm, half = 1.05, 0.35
+        quarter = [(half, -arm), (half, -half), (arm, -half)]
+        points = np.array([_turned(point, turns) for turns in range(4) for point in quarter])
+    else:
+        raise ValueError(f"no shape called {shape!r}; there are {', '.join(SHAPES)}")
+    cos, sin = np.cos(angle), np.sin(angle)
+    return points @ np.array([(cos, sin), (-sin, cos)])
+
+
+def _turned(point: tuple[float, float], quarters: int) -> tuple[float, float]:
+    x, y = point
+    for _ in range(quarters):
+        x, y = -y, x
+    return x, y
