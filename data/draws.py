@@ -40,6 +40,10 @@ class Draws:
         code = text64(purpose)
         return [mix64(self.seed, *place, code) >> 1 for place in self.places]
 
+    def unit(self, purpose: str) -> list[float]:
+        """One uniform number in [0, 1) per sample, straight from the hash: cheap where a scalar each is enough."""
+        return [(seed >> 10) * 2.0**-53 for seed in self.seeds(purpose)]
+
     def normal(self, purpose: str, shape: Sequence[int] = (), device: torch.device | str = "cpu") -> Tensor:
         """Standard normal numbers, (n, *shape) float32, drawn on the device."""
         return self._fill(torch.randn, purpose, shape, device)
