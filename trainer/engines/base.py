@@ -1,12 +1,14 @@
 """What the loop, checkpoints and EMA ask of an engine: where parameters live and how a step is taken."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from trainer.engines.optimizer import AdamW
 from trainer.objectives.base import Phase
 
 
@@ -50,23 +52,50 @@ class StepResult:
     skipped: bool
 
 
+class EngineConfig(Protocol):
+    """What `conf/engine/*.yaml` describe."""
+
+    def build(
+        self,
+        networks: Mapping[str, nn.Module],
+        phases: Sequence[Phase],
+        optimizers: Mapping[str, AdamW],
+        seed: int,
+        device: torch.device,
+    ) -> "Engine":
+        """Take over the networks: shard, fill and place them. Every rank calls it, with the same arguments.
+
+        Args:
+            networks: by name. Networks of phases are best on the meta device: each is filled one whole parameter at a
+                time (models/initialization.py), so that no rank ever holds a whole network that the engine shards. A
+                network with weights already (a loaded encoder) keeps them. Frozen ones go to the compute type.
+            phases: own the trainable networks.
+            optimizers: one per phase, by the phase's name.
+            seed: the run's seed.
+            device: where this rank computes.
+        """
+
+
 class Engine(Protocol):
-    """Owns the networks of a run. `networks` are called like plain modules by the objective."""
+    """Owns the networks of a run. `networks` are called like plain modules by the objective: trainable ones only by
+    `network(...)`, since that is where their weights are gathered. They take and give float32."""
 
     networks: Mapping[str, nn.Module]
+    device: torch.device
 
     def backward(self, phase: Phase, loss: Tensor) -> None:
         """Accumulate a pass's gradient for the phase's networks. Gradients of all ranks and passes are *summed*: the
         loop divides by the global batch, so a step follows the mean over all samples whatever the layout."""
 
     def accumulating(self, phase: Phase, last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward of one pass; communication may wait for the last pass of the step."""
+        """Around the forward and backward of one pass; communication may wait for the last pass of the step. Inside,
+        the other phases' networks are frozen."""
 
     def step(self, phase: Phase, lr: float) -> StepResult:
         """Clip, update the phase's networks unless the gradient is not finite, and clear gradients."""
 
     def discard(self, phase: Phase) -> None:
-        """Drop the phase's accumulated gradients (rehearsal passes, non-finite losses)."""
+        """Drop the phase's accumulated gradients (rehearsal passes, non-finite losses), after a `last` pass."""
 
     def shards(self, kind: str) -> Iterator[Shard]:
         """This rank's part of the trainable networks' state, in a fixed order: `kind` is "weight" (fp32 masters) or an
@@ -86,3 +115,9 @@ class Engine(Protocol):
 
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds, by kind: parameters, gradients, optimizer, frozen."""
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages under the tensors, shared ones counted once."""
+    storages = {(t.device, s.data_ptr()): s.nbytes() for t in tensors if (s := t.untyped_storage()).nbytes()}
+    return sum(storages.values())

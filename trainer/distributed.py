@@ -1,0 +1,177 @@
+"""Processes: who this rank is, the process group, and an end that does not crash.
+
+Ranks come from torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or from SLURM tasks (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID);
+without a launcher one process is a world of its own, so that the code behind it never asks whether it is distributed.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Args:
+        rank: 0 .. size - 1 over all nodes.
+        size: number of processes.
+        local_rank: index of the process on its node, which is the index of its GPU.
+        device: where networks and batches of this rank live.
+        launched: whether a launcher (torchrun, SLURM) started this process beside others.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    launched: bool
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) from torchrun's or SLURM's variables; None without a launcher.
+
+    An `salloc` or `sbatch` shell has SLURM_NTASKS too, but only a task that srun started has SLURM_STEP_ID.
+
+    Raises:
+        ValueError: a launcher's variables are there in part.
+    """
+    launchers = {"torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if "SLURM_STEP_ID" in environment:
+        launchers["SLURM"] = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    for launcher, names in launchers.items():
+        there = [name for name in names if name in environment]
+        if len(there) == len(names):
+            rank, size, local_rank = (int(environment[name]) for name in names)
+            return rank, size, local_rank
+        if there:
+            missing = ", ".join(name for name in names if name not in environment)
+            raise ValueError(f"{launcher} environment lacks {missing} (found {', '.join(there)}): unset all or set all")
+    return None
+
+
+def _rendezvous(environment: Mapping[str, str]) -> str:
+    """The `init_method` for a launched world: MASTER_ADDR and MASTER_PORT, which SLURM does not set by itself."""
+    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
+        return "env://"
+    node_list = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if node_list is None:
+        raise ValueError("no MASTER_ADDR and MASTER_PORT: start through torchrun or srun, or set both")
+    # A port that every task of the same step derives alike, and that two steps on one node hardly share.
+    step = int(environment.get("SLURM_JOB_ID", "0")) * 31 + int(environment.get("SLURM_STEP_ID", "0"))
+    return f"tcp://{first_host(node_list)}:{20_000 + step % 20_000}"
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list such as `gpu[003-005,9],login1` (gpu003)."""
+    prefix, bracket, rest = node_list.split(",")[0].partition("[")
+    if not bracket:
+        return prefix
+    return prefix + rest.split("]")[0].split("-")[0] + rest.partition("]")[2]
+
+
+def start(device: str = "auto", timeout_s: float = 1800.0) -> World:
+    """Join (or be) the world and choose this rank's device.
+
+    Args:
+        device: "auto" takes CUDA where there is any; "cpu" and "cuda" insist.
+        timeout_s: how long a collective may wait for the slowest rank before the run fails.
+
+    Raises:
+        ValueError: CUDA asked for and absent, fewer GPUs than local ranks, or a launcher's variables in part.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device!r}: one of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device here")
+    place = read_environment(os.environ)
+    rank, size, local_rank = place or (0, 1, 0)
+    if device != "cpu" and torch.cuda.is_available():
+        # Under `srun --gpus-per-task` each task sees its own GPU only, as device 0.
+        visible = torch.cuda.device_count()
+        index = 0 if visible == 1 else local_rank
+        if index >= visible:
+            raise ValueError(f"local rank {local_rank} has no GPU: this node shows {visible}")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+        # gloo beside NCCL: offloaded parameters and the checkpoint's plans are reduced on the CPU.
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        chosen, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        if place is None:
+            file = Path(tempfile.mkdtemp(prefix="millrace-")) / "rendezvous"
+            method = f"file://{file}"
+        else:
+            method = _rendezvous(os.environ)
+        if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ and not _resolves_own_name():
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a laptop or container whose host name is not in any hosts file
+        dist.init_process_group(backend, method, timeout=timedelta(seconds=timeout_s), world_size=size, rank=rank)
+    return World(rank, size, local_rank, chosen, launched=place is not None)
+
+
+def _resolves_own_name() -> bool:
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except socket.gaierror:
+        return False
+    return True
+
+
+def end(world: World, code: int = 0) -> None:
+    """Leave the world after the last collective.
+
+    A launched process does not return from here: gloo's threads abort the interpreter's exit now and then ("terminate
+    called without an active exception", pytorch #190489), which a launcher would take for a failed run. So it
+    flushes and leaves at once. Join your own threads (checkpoint writers, loggers) first.
+    """
+    if dist.is_initialized():
+        if code == 0:
+            dist.barrier()
+        dist.destroy_process_group()
+    if world.launched:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def joined(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
+    """`start` and, unless an exception passes, `end`; after an exception the launcher stops the other ranks."""
+    world = start(device, timeout_s)
+    yield world
+    end(world)
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing to wait for outside a process group."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def all_reduce_sum(values: Mapping[str, float], device: torch.device | str = "cpu") -> dict[str, float]:
+    """Sums over all ranks, in one float64 collective. Every rank must pass the same keys in the same order."""
+    if not values or not dist.is_initialized():
+        return dict(values)
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    return dict(zip(values, packed.tolist(), strict=True))

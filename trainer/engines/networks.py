@@ -1,0 +1,140 @@
+"""What every engine does to a network before sharding it: precision at its border, per-block checkpointing and
+compilation, filling from the meta device, freezing."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.initialization import Initializable, parameter_generator
+from trainer.objectives.base import Phase
+
+Precision = Literal["bf16", "fp32"]
+
+# Noise levels and times lose their meaning in bfloat16 (999 becomes 1000), so networks take them in float32.
+FLOAT32_INPUTS = ("timestep",)
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """The type of weights and activations in forward and backward. Masters, moments and reductions are float32."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The network's repeated blocks, in order: the members of the ModuleLists named by its `block_lists`. Blocks are
+    the unit of sharding, checkpointing and compilation; a network without the attribute is one unit."""
+    lists: tuple[str, ...] = getattr(network, "block_lists", ())
+    return [block for name in lists for block in network.get_submodule(name).children()]
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """Keep only each block's inputs in the forward pass and compute the block again in the backward pass.
+
+    It wraps `forward`, not the module, so that parameter names stay and hooks (which gather parameters) run outside.
+    """
+    for block in blocks_of(network):
+        block.forward = _Checkpointed(block.forward)
+
+
+class _Checkpointed:
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile each block's forward. Blocks of one kind share graphs: the first shape gives a static one, the next a
+    second one in which what changed (the number of tokens, the batch) is dynamic. `fullgraph` turns a graph break, and
+    passing the compiler's limit of recompilations, into an error instead of a silent fall back to eager."""
+    for block in blocks_of(network):
+        block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def cast_at_border(network: nn.Module, dtype: torch.dtype) -> None:
+    """Let the network take float32 and give float32 while it computes in `dtype`.
+
+    Floating-point inputs become `dtype`, except those that the class names in `float32_inputs` (by default the
+    timestep); outputs become float32. Call it after sharding, so that the casts lie outside of the engine's hooks.
+    """
+    if dtype == torch.float32:
+        return
+    keep = getattr(network, "float32_inputs", FLOAT32_INPUTS)
+    names = [
+        p.name
+        for p in inspect.signature(network.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        kept = {i for i, name in enumerate(names) if name in keep}
+        args = tuple(value if i in kept else _cast(value, dtype) for i, value in enumerate(args))
+        return args, {name: value if name in keep else _cast(value, dtype) for name, value in kwargs.items()}
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+        return _cast(output, torch.float32)
+
+    network.register_forward_pre_hook(enter, with_kwargs=True)
+    network.register_forward_hook(leave)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
+
+
+def is_meta(network: nn.Module) -> bool:
+    """Whether the network's parameters are still to be filled."""
+    return any(p.is_meta for p in network.parameters())
+
+
+@torch.no_grad()
+def fill(network: nn.Module, seed: int, device: torch.device, store: Callable[[str, Tensor], object]) -> None:
+    """Draw the network's first parameters, one whole parameter at a time, and hand each to `store(name, whole)`.
+
+    Raises:
+        ValueError: the network cannot be filled (it was built on the meta device without `init_parameter`).
+    """
+    if not isinstance(network, Initializable):
+        raise ValueError(f"{type(network).__name__} is on the meta device but lacks init_parameter and init_buffers")
+    for name, parameter in network.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+        network.init_parameter(name, whole, parameter_generator(seed, name, device))
+        store(name, whole)
+
+
+@torch.no_grad()
+def materialize(network: nn.Module, seed: int, device: torch.device) -> None:
+    """Bring a network that every rank holds whole to the device, filling it if it is still on the meta device."""
+    if is_meta(network):
+        network.to_empty(device=device)
+        parameters = dict(network.named_parameters())
+        fill(network, seed, device, lambda name, whole: parameters[name].copy_(whole))
+        assert isinstance(network, Initializable)
+        network.init_buffers()
+    network.to(device)
+
+
+def set_trainable(networks: Mapping[str, nn.Module], phases: Iterable[Phase], phase: Phase) -> None:
+    """Of all phases' networks, let only `phase`'s collect gradients; the others still let gradients through."""
+    for other in phases:
+        for name in other.trainable:
+            networks[name].requires_grad_(other.name == phase.name)
+
+
+def check_phases(networks: Mapping[str, nn.Module], phases: Iterable[Phase], optimizers: Iterable[str]) -> None:
+    """Raises ValueError for a phase that names no network, shares one with another phase, or has no optimiser."""
+    owners: dict[str, str] = {}
+    optimizers = set(optimizers)
+    for phase in phases:
+        if phase.name not in optimizers:
+            raise ValueError(f"phase {phase.name!r} has no optimizer; there are {sorted(optimizers)}")
+        for name in phase.trainable:
+            if name not in networks:
+                raise ValueError(f"phase {phase.name!r} trains {name!r}, which is none of {sorted(networks)}")
+            if name in owners:
+                raise ValueError(f"network {name!r} is trained by phases {owners[name]!r} and {phase.name!r}")
+            owners[name] = phase.name

@@ -1,0 +1,72 @@
+"""The optimiser of a phase, shared by the engines: its configuration, its parameter groups, norms and clipping."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), fp32 moments, one fused kernel.
+
+    Args:
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: applies to matrices and convolutions; never to biases, norms, other vectors and embeddings.
+        max_grad_norm: the gradient of a phase, over all its networks and all ranks, is scaled down to this 2-norm;
+            None never clips.
+    """
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={list(self.betas)}: two numbers in [0, 1)")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm}: a positive number, or null to never clip")
+
+    def build(self, decayed: Sequence[Tensor], plain: Sequence[Tensor]) -> torch.optim.AdamW:
+        """The torch optimiser over parameters with and without weight decay, moments allocated. Its learning rate is
+        0 until a step sets it."""
+        groups = [
+            {"params": list(decayed), "weight_decay": self.weight_decay},
+            {"params": list(plain), "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+        for parameter in (*decayed, *plain):
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            }
+        return optimizer
+
+
+def decays(network: nn.Module) -> dict[str, bool]:
+    """For each parameter of the network, by name, whether weight decay applies to it."""
+    embeddings = {
+        id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    }
+    return {name: p.ndim >= 2 and id(p) not in embeddings for name, p in network.named_parameters()}
+
+
+def global_norm(parts: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device) -> float:
+    """2-norm of a vector whose parts lie on the ranks of `group`, each part on one rank. Summed in float64."""
+    parts = [part for part in parts if part.numel()]
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    if parts:
+        square += torch.stack(torch._foreach_norm(parts)).to(device, torch.float64).square().sum()
+    dist.all_reduce(square, group=group)
+    return square.sqrt().item()
+
+
+def clip_factor(norm: float, max_norm: float | None) -> float:
+    """What to multiply a gradient of that norm with, so that it is at most `max_norm`."""
+    return 1.0 if max_norm is None or norm <= max_norm else max_norm / norm
