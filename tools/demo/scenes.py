@@ -114,20 +114,23 @@ def describe(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> str:
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """The scene as (height, width, 3) uint8 RGB, antialiased; sizes, positions, angles, shades and background vary."""
-    scale = _SUPERSAMPLING
-    background = rng.uniform(215, 250) + rng.uniform(-5, 5, size=3)
+    scale, side = _SUPERSAMPLING, min(scene.width, scene.height)
     slope = rng.uniform(-8, 8, size=2)
-    y, x = np.mgrid[-0.5 : 0.5 : scene.height * scale * 1j, -0.5 : 0.5 : scene.width * scale * 1j]
-    canvas = background + (slope[0] * y + slope[1] * x)[..., None]
-    canvas = np.ascontiguousarray(canvas.clip(0, 255).astype(np.uint8))
-    side = min(scene.width, scene.height)
+    y = slope[0] * np.linspace(-0.5, 0.5, scene.height)[:, None, None]
+    x = slope[1] * np.linspace(-0.5, 0.5, scene.width)[None, :, None]
+    canvas = (rng.uniform(215, 245) + rng.uniform(-5, 5, size=3) + y + x).astype(np.float32)
     for thing in scene.objects:
-        radius = rng.uniform(0.165, 0.195) * side
         middle = np.array(PLACES[thing.place]) * (scene.width, scene.height) + rng.uniform(-0.02, 0.02, size=2) * side
-        colour = (np.array(COLOURS[thing.colour]) + rng.uniform(-12, 12, size=3)).clip(0, 255)
-        points = middle + radius * _outline(thing.shape, np.radians(rng.uniform(-6, 6)))
-        cv2.fillPoly(canvas, [np.round(points * scale).astype(np.int32)], tuple(map(float, colour)))
-    return cv2.resize(canvas, (scene.width, scene.height), interpolation=cv2.INTER_AREA)
+        outline = _outline(thing.shape, np.radians(rng.uniform(-6, 6)))
+        points = middle + rng.uniform(0.165, 0.195) * side * outline
+        large = np.zeros((scene.height * scale, scene.width * scale), np.uint8)
+        cv2.fillPoly(large, [np.round(points * scale - 0.5).astype(np.int32)], 255)
+        cover = cv2.resize(large, (scene.width, scene.height), interpolation=cv2.INTER_AREA)[..., None] / np.float32(
+            255
+        )
+        colour = np.float32(np.array(COLOURS[thing.colour]) + rng.uniform(-12, 12, size=3))
+        canvas = (1 - cover) * canvas + cover * colour
+    return canvas.round().clip(0, 255).astype(np.uint8)
 
 
 def scenes(count: int, seed: int, held_out: bool) -> Iterator[Scene]:
