@@ -1,0 +1,66 @@
+"""Densities of the training time t: each turns uniform numbers into times (SD3, arXiv 2403.03206, section 3.1).
+
+They hold no randomness: u comes from the caller, so that a sample's time depends on its place in the plan alone.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Density(ABC):
+    """A distribution of t over [0, 1], given through a map of uniform numbers."""
+
+    @abstractmethod
+    def sample(self, u: Tensor) -> Tensor:
+        """Times t, of u's shape, for u uniform in [0, 1)."""
+
+
+class Uniform(Density):
+    """t = u."""
+
+    def sample(self, u: Tensor) -> Tensor:
+        return u
+
+
+class LogitNormal(Density):
+    """logit(t) is normal: times between image and noise, which are the hardest, are drawn more often.
+
+    Args:
+        mean: of logit(t); positive favours noise.
+        std: of logit(t).
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0):
+        if std <= 0:
+            raise ValueError(f"std must be positive, got {std}")
+        self.mean = mean
+        self.std = std
+
+    def sample(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+
+class Mode(Density):
+    """Heavy-tailed: t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), positive density at both ends.
+
+    Args:
+        scale: in [-1, 2 / (pi - 2)]; positive favours the middle, negative the ends, 0 is uniform.
+    """
+
+    def __init__(self, scale: float = 1.29):
+        if not -1 <= scale <= 2 / (math.pi - 2):
+            raise ValueError(f"scale must lie in [-1, 2 / (pi - 2) = 1.7519], where t falls with u; got {scale}")
+        self.scale = scale
+
+    def sample(self, u: Tensor) -> Tensor:
+        return 1 - u - self.scale * (torch.cos(u * (math.pi / 2)) ** 2 - 1 + u)
+
+
+class CosMap(Density):
+    """Gives rectified flow the log-SNR distribution of the cosine path: t = 1 - 1 / (tan(pi u / 2) + 1)."""
+
+    def sample(self, u: Tensor) -> Tensor:
+        return 1 - 1 / (torch.tan(u * (math.pi / 2)) + 1)

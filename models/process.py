@@ -1,0 +1,126 @@
+"""The diffusion process: noising, what the network predicts of it, and how its loss is weighed.
+
+A formulation is composed of four small parts: a noising path (`models/schedules.py`), a parameterization
+(`models/parameterizations.py`), a density of training times (`models/densities.py`) and a weight
+(`models/weighting.py`). Rectified flow, DDPM, v-prediction, EDM and every mixture in the 61 formulations of SD3's study
+(arXiv 2403.03206, section 5.1) are choices of these. Objectives and samplers share this class.
+
+Times are (n,) or 0-dimensional, 1 = noise, 0 = image; images are (n, ...). Nothing here draws random numbers.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from models.densities import Density
+from models.parameterizations import Parameterization
+from models.schedules import NoisePath
+from models.weighting import Weight
+
+# Times whose float32 distance to 0 or 1 is not zero, so that every path's log-SNR is finite in training.
+_FIRST_TIME, _LAST_TIME = 2.0**-24, 1 - 2.0**-24
+# Where sampling starts if the path has no end at pure noise, or its end does not determine the image: EDM's sigma_max.
+_START_LOG_SNR = -2 * math.log(80)
+
+
+class Process:
+    """A formulation of diffusion.
+
+    Args:
+        path: the noising path.
+        parameterization: what the network predicts.
+        density: how training times are distributed.
+        weight: factor on the squared error.
+        shift: resolution shift of times, sqrt(m/n) for m pixels where n have shift 1; applies to training times and is
+            the default of samplers' times.
+    """
+
+    def __init__(
+        self,
+        path: NoisePath,
+        parameterization: Parameterization,
+        density: Density,
+        weight: Weight,
+        shift: float = 1.0,
+    ):
+        if shift <= 0:
+            raise ValueError(f"shift must be positive, got {shift}")
+        self.path = path
+        self.parameterization = parameterization
+        self.density = density
+        self.weight = weight
+        self.shift = shift
+
+    # Training
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Training times (n,) for u (n,) uniform in [0, 1): density, then resolution shift."""
+        t = self.density.sample(u).clamp(_FIRST_TIME, _LAST_TIME)
+        return self.path.shift(t, self.shift).clamp(_FIRST_TIME, _LAST_TIME)
+
+    def validation_times(self, count: int) -> Tensor:
+        """(count,) float32, the midpoints of `count` equal parts of [0, 1]: both ends are singular for some paths."""
+        return (torch.arange(count, dtype=torch.float32) + 0.5) / count
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of image and noise in x_t, of t's shape."""
+        return self.path.alpha_sigma(t)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t noise."""
+        alpha, sigma = self._levels(t, x0)
+        return alpha * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict."""
+        a, b = self.parameterization.coefficients(*self._levels(t, x0))
+        return a * x0 + b * noise
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """Factor on each sample's mean squared error of the prediction, of t's shape."""
+        return self.weight(t, self.path, self.parameterization)
+
+    # The network's side
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_t scaled for the network (c_in)."""
+        return self.parameterization.input_scale(*self._levels(t, x_t)) * x_t
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The timestep that the network is told, of t's shape, in its diffusers class's units."""
+        return self.path.network_time(t)
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The image that a prediction implies."""
+        alpha, sigma = self._levels(t, x_t)
+        _, b = self.parameterization.coefficients(alpha, sigma)
+        determinant = self.parameterization.determinant(alpha, sigma)
+        return (b / determinant) * x_t - (sigma / determinant) * prediction
+
+    def to_noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction implies."""
+        alpha, sigma = self._levels(t, x_t)
+        a, _ = self.parameterization.coefficients(alpha, sigma)
+        determinant = self.parameterization.determinant(alpha, sigma)
+        return (alpha / determinant) * prediction - (a / determinant) * x_t
+
+    # Sampling
+
+    def start_time(self) -> Tensor:
+        """The time from which sampling starts, float64 scalar.
+
+        It is 1 where noise and prediction there give an image. Where they do not (infinite noise under EDM; eps-prediction
+        on a path that ends at alpha = 0) it is the time at which the noise is 80 times the signal, EDM's sigma_max.
+        """
+        end = torch.ones((), dtype=torch.float64)
+        alpha, sigma = self.alpha_sigma(end)
+        # 0 and infinity up to the rounding of trigonometric functions
+        solvable = sigma < 1e6 and self.parameterization.determinant(alpha, sigma).abs() > 1e-6
+        return end if solvable else self.path.time(torch.tensor(_START_LOG_SNR, dtype=torch.float64))
+
+    def _levels(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, shaped to multiply x."""
+        if t.ndim:
+            t = t.reshape(-1, *(1,) * (x.ndim - 1))
+        return self.path.alpha_sigma(t)
