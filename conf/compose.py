@@ -1,0 +1,122 @@
+"""From overrides to a composed config, with Hydra's mistakes put into one sentence each."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.errors import ConfigError
+
+ROOT = Path(__file__).parent
+
+
+def compose(job: str, overrides: list[str]) -> DictConfig:
+    """The config of a job (`conf/<job>.yaml`) under the given Hydra overrides.
+
+    `shrink` (set by `scale=tiny`) maps class names to values: every node built from that class takes them, below what the
+    command line says. Interpolations are resolved.
+
+    Raises:
+        ConfigError: an unknown key, group or choice, an override that does not parse, or an interpolation that fails.
+    """
+    try:
+        with initialize_config_dir(str(ROOT), version_base="1.3"):
+            config = hydra_compose(job, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_sentence(job, error)) from error
+    shrink = config.get("shrink")
+    if shrink:
+        _shrink(config, OmegaConf.to_container(shrink))  # type: ignore[arg-type]
+        _reapply(config, overrides)
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"An interpolation in the config of {job!r} fails: {_first_line(error)}.") from error
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{missing[0]!r} must be given: add {missing[0]}=<value> to the command.")
+    return config
+
+
+def describe(job: str, purpose: str) -> str:
+    """The text of `millrace <job> --help`: its groups with their choices, and the head comments of its config file."""
+    text = (ROOT / f"{job}.yaml").read_text()
+    groups = re.findall(r"^\s*- (?:override )?/?([a-z_]+): ", text, re.MULTILINE)
+    lines = [f"millrace {job}: {purpose}", "", "groups (choose with group=choice):"]
+    width = max((len(g) for g in groups), default=0)
+    for group in groups:
+        choices = sorted(p.relative_to(ROOT / group).with_suffix("").as_posix() for p in (ROOT / group).rglob("*.yaml"))
+        lines.append(f"  {group:<{width}}  {', '.join(choices)}")
+    lines += ["", f"keys (conf/{job}.yaml; set with key=value):", ""]
+    lines += ["  " + line for line in text.splitlines() if not line.lstrip().startswith("- ") and line != "defaults:"]
+    return "\n".join(lines)
+
+
+def nodes(config: Any, path: str = "") -> list[tuple[str, DictConfig]]:
+    """Every mapping of a config with its dotted path, parents first."""
+    found: list[tuple[str, DictConfig]] = []
+    if isinstance(config, DictConfig):
+        found.append((path, config))
+        items = [(key, config._get_node(key)) for key in config]
+    elif isinstance(config, ListConfig):
+        items = [(i, config._get_node(i)) for i in range(len(config))]
+    else:
+        return found
+    for key, value in items:
+        found += nodes(value, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _shrink(config: DictConfig, shrink: dict[str, dict]) -> None:
+    for _, node in nodes(config):
+        values = shrink.get(node.get("_target_", ""))
+        for key, value in (values or {}).items():
+            OmegaConf.update(node, key, value, merge=False)
+
+
+def _reapply(config: DictConfig, overrides: list[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if not override.is_delete() and not (ROOT / key.lstrip("/")).is_dir():
+            OmegaConf.update(config, key, override.value(), merge=False)
+
+
+def _sentence(job: str, error: Exception) -> str:
+    """Hydra's error as one sentence that names the key, group or choice at fault."""
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        found = re.search(r"Could not find '([^']+)'", text)
+        wanted = found.group(1) if found else (error.missing_cfg_file or "?")
+        group, _, choice = str(wanted).rpartition("/")
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        if group:
+            return f"Group {group!r} has no choice {choice!r}{_nearest(choice, options)}; it has {', '.join(options)}."
+        return f"There is no config {wanted!r}."
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key and isinstance(error, ConfigCompositionException):
+        group, _, choice = key.group(1).partition("@")
+        return f"{job!r} has no key {key.group(1)!r}{_near_key(job, key.group(1))} (millrace {job} --help lists them)."
+    return f"{_first_line(error)}."
+
+
+def _near_key(job: str, key: str) -> str:
+    with initialize_config_dir(str(ROOT), version_base="1.3"):
+        config = hydra_compose(job)
+    known = [f"{path}.{name}" if path else str(name) for path, node in nodes(config) for name in node]
+    return _nearest(key, known)
+
+
+def _nearest(word: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(word, options, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

@@ -1,0 +1,71 @@
+"""Starts the ranks of a job on this machine, through torch's elastic launcher.
+
+Under an existing `torchrun` or SLURM task nothing is started: the command joins as the rank it already is.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from conf.errors import ConfigError
+
+_LAUNCHED = ("RANK", "LOCAL_RANK")
+
+
+def wants_ranks(config: DictConfig) -> bool:
+    """Whether the job asks for more than one process and is not already one of them."""
+    processes = config.get("cluster", {}).get("processes", 1)
+    in_slurm_step = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+    return processes > 1 and not in_slurm_step and not any(name in os.environ for name in _LAUNCHED)
+
+
+def launch(job: str, overrides: list[str], config: DictConfig) -> None:
+    """Run the same command as `cluster.processes` ranks; their output also lands in the run directory's `logs/`.
+
+    Raises:
+        ConfigError: a rank failed; the sentence names it and its log.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    processes: int = config.cluster.processes
+    logs = run_directory(config) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    # One thread pool per rank: the machine's cores are shared, and a fixed count keeps sums bit-equal between runs.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=config.cluster.restarts,
+        monitor_interval=0.2,
+        # Every rank writes its log; rank 0 also speaks here.
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL, tee={0: Std.ALL}),
+    )
+    # -P keeps the caller's folder off the import path: it may well hold a folder named "data" or "models".
+    command = ["-P", "-m", "tools.cli", job, *overrides]
+    try:
+        elastic_launch(settings, sys.executable)(*command)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        reason = _last_words(Path(failure.error_file).parent) if failure.error_file else ""
+        raise ConfigError(f"rank {rank} of {job!r} failed ({failure.message.strip().splitlines()[0]}){reason}; "
+                          f"its whole output is under {logs}.") from error
+
+
+def run_directory(config: DictConfig) -> Path:
+    """Where a job of this config writes."""
+    return Path(config.get("runs", "runs")) / str(config.get("name", "job"))
+
+
+def _last_words(folder: Path) -> str:
+    """The last line that a failed rank wrote to stderr."""
+    log: Any = folder / "stderr.log"
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return f": {lines[-1]}" if lines else ""

@@ -1,0 +1,70 @@
+"""Plain diffusion: one network learns to undo noise, under any process."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from models.process import Process
+from trainer.objectives.base import Losses, Objective, Phase
+
+
+class Diffusion(Objective):
+    """One phase: a denoiser trained on noised (latent) images and their captions.
+
+    Networks: "denoiser" (trained), "conditioner" and "first_stage" (frozen).
+
+    Args:
+        process: noising path, parameterization, density of times and weight.
+        caption_dropout: probability with which each text encoder's output is dropped from a sample, independently; one
+            number for all encoders or one for each (SD3 drops each of three in 46.4 % of samples, arXiv 2403.03206).
+    """
+
+    phases = (Phase("denoise", ("denoiser",)),)
+
+    def __init__(self, process: Process, caption_dropout: float | list[float] = 0.1):
+        self.process = process
+        self.caption_dropout = caption_dropout
+
+    def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
+        """Weighted squared error of the prediction, averaged over each sample's elements."""
+        with torch.no_grad():
+            x0 = latents(networks["first_stage"], batch)
+            conditions = self.conditions(networks["conditioner"], batch)
+        t = self.process.sample_t(batch.draws.uniform("time", device=x0.device))
+        return self.losses_at(networks["denoiser"], x0, conditions, batch, t)
+
+    def losses_at(
+        self, denoiser: nn.Module, x0: Tensor, conditions: Mapping[str, Tensor], batch: Batch, t: Tensor
+    ) -> Losses:
+        """The loss of each sample at given times t (n,); validation asks for fixed ones."""
+        noise = batch.draws.normal("noise", x0.shape[1:], x0.device)
+        x_t = self.process.add_noise(x0, noise, t)
+        prediction = denoiser(self.process.network_input(x_t, t), self.process.network_time(t), **conditions)
+        error = (prediction.float() - self.process.target(x0, noise, t)).square().flatten(1).mean(1)
+        return Losses(per_sample=self.process.loss_weight(t) * error, t=t.detach())
+
+    def conditions(self, conditioner: nn.Module, batch: Batch, dropout: bool = True) -> Mapping[str, Tensor]:
+        """The captions' encodings, each encoder's dropped at random unless `dropout` is False."""
+        encoders: int = conditioner.encoders  # type: ignore[assignment]
+        keep = torch.ones(len(batch), encoders, dtype=torch.bool)
+        if dropout:
+            keep = batch.draws.uniform("caption dropout", (encoders,)) >= torch.tensor(self._rates(encoders))
+        return conditioner.encode(batch.captions, keep)  # type: ignore[operator]
+
+    def _rates(self, encoders: int) -> Sequence[float]:
+        if isinstance(self.caption_dropout, list):
+            if len(self.caption_dropout) != encoders:
+                raise ValueError(
+                    f"objective.caption_dropout has {len(self.caption_dropout)} numbers for {encoders} text encoders"
+                )
+            return self.caption_dropout
+        return [float(self.caption_dropout)] * encoders
+
+
+def latents(first_stage: nn.Module, batch: Batch) -> Tensor:
+    """The batch's images in the space that the denoiser works in, (n, C, h, w) float32."""
+    images = batch.images.float() / 127.5 - 1
+    shape = first_stage.latent_shape(*batch.target_size)  # type: ignore[operator]
+    return first_stage.encode(images, batch.draws.normal("latent", shape, images.device))  # type: ignore[operator]

@@ -1,0 +1,70 @@
+"""Where a run writes: `runs/<name>/{config.yaml, metrics.jsonl, keys.jsonl, quarantine.jsonl, checkpoints/, samples/, ...}`."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_SECRET = re.compile(r"(^|_)(key|token|secret|password|credential)s?($|_)|api_?key|access_?key", re.IGNORECASE)
+_URL_SECRET = re.compile(r"://[^/@\s]+@")
+_NO_SECRETS = {"log_keys", "keys", "key", "key_hash"}
+
+
+class RunDirectory:
+    """The paths of a run. Creating it makes the folder."""
+
+    def __init__(self, runs: str, name: str):
+        self.path = Path(runs) / name
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.keys = self.path / "keys.jsonl"
+        self.quarantine = self.path / "quarantine.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.report = self.path / "report.html"
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write the composed config, without any secret."""
+        import yaml
+
+        self.config.write_text(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True))
+
+    def rewind(self, step: int) -> None:
+        """Drop what an interrupted run wrote beyond the step that it resumes from, so that no step stands twice."""
+        # A row of metrics counts steps taken; keys and quarantine name the step (from 0) that read the sample.
+        for path, last in ((self.metrics, step), (self.keys, step - 1), (self.quarantine, step - 1)):
+            if path.exists():
+                kept = [line for line, row in _rows(path) if row.get("step", 0) <= last]
+                scratch = path.with_suffix(".tmp")
+                scratch.write_text("".join(kept))
+                scratch.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a .jsonl file; a last line cut short by a crash is left out."""
+    return [row for _, row in _rows(path)]
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """The value with passwords, keys and tokens masked, by their names and inside URLs."""
+    if isinstance(value, dict):
+        return {k: without_secrets(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(v, name) for v in value]
+    if isinstance(value, str):
+        if value and _SECRET.search(name) and name not in _NO_SECRETS:
+            return "***"
+        return _URL_SECRET.sub("://***@", value)
+    return value
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and line.endswith("\n"):
+            yield line, row
