@@ -1,6 +1,17 @@
 """Checkpoints: one format for every engine and world size (format.py says what a directory holds)."""
 
 from trainer.checkpoint.checkpointer import Checkpointer, Found, load_shards
-from trainer.checkpoint.format import CheckpointError, Record
+from trainer.checkpoint.format import CheckpointError, Record, check_files, read_record
+from trainer.checkpoint.weights import load_weights, saved_shapes
 
-__all__ = ["CheckpointError", "Checkpointer", "Found", "Record", "load_shards"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "Found",
+    "Record",
+    "check_files",
+    "load_shards",
+    "load_weights",
+    "read_record",
+    "saved_shapes",
+]

@@ -143,8 +143,8 @@ def assign_writers(held: Sequence[Sequence[Holding]]) -> tuple[list[list[WriteIt
 def agree_on_writers(ours: Sequence[Holding], group: dist.ProcessGroup | None) -> Assignment:
     """This rank's share of every save of a run. Collective over `group`; None is a single process."""
     if group is None:
-        items, metadata = assign_writers([ours])
-        return Assignment(items[0], metadata)
+        (items,), whole = assign_writers([ours])
+        return Assignment(items, whole)
     first = dist.get_rank(group) == 0
     everyone: list = [None] * dist.get_world_size(group)
     dist.gather_object(list(ours), everyone if first else None, group=group, group_dst=0)
