@@ -8,6 +8,7 @@ import numpy as np
 from data.hashing import mix64, text64
 
 _TURN = text64("plan/turn")
+_AHEAD = 1024  # steps whose turns are computed together
 
 
 class Mixture:
@@ -44,26 +45,27 @@ class Mixture:
     def at(self, step: int, lane: int) -> tuple[int, int]:
         """The source that serves (step, lane), and how many turns it had on this lane before."""
         number, position = divmod(step, self.round)
-        order = self._order(number, lane)
-        source = int(order[position])
-        return source, number * self.quotas[source] + int(np.count_nonzero(order[:position] == source))
+        source = int(self._rounds(number, 1, lane)[position])
+        return source, self.turns_before(step, lane)[source]
 
     def turns_before(self, step: int, lane: int) -> list[int]:
         """Turns that each source had on the lane in the steps before this one."""
         number, position = divmod(step, self.round)
-        begun = np.bincount(self._order(number, lane)[:position], minlength=len(self.quotas))
+        begun = np.bincount(self._rounds(number, 1, lane)[:position], minlength=len(self.quotas))
         return [number * quota + int(more) for quota, more in zip(self.quotas, begun, strict=True)]
 
     def walk(self, step: int, lane: int) -> Iterator[int]:
         """The sources of (step, lane), (step + 1, lane), ... without end."""
         number, position = divmod(step, self.round)
+        count = -(-_AHEAD // self.round)
         while True:
-            yield from self._order(number, lane)[position:].tolist()
-            number, position = number + 1, 0
+            yield from self._rounds(number, count, lane)[position:].tolist()
+            number, position = number + count, 0
 
-    def _order(self, number: int, lane: int) -> np.ndarray:
-        keys = mix64(self.seed, _TURN, lane, number, np.arange(self.round))
-        return self._turns[np.argsort(keys, kind="stable")]
+    def _rounds(self, number: int, count: int, lane: int) -> np.ndarray:
+        """(count * R,) sources of so many rounds from the given one on."""
+        keys = mix64(self.seed, _TURN, lane, np.arange(number, number + count)[:, None], np.arange(self.round))
+        return self._turns[np.argsort(keys, axis=1, kind="stable")].ravel()
 
 
 def _quotas(shares: Sequence[float], turns: int) -> list[int]:
