@@ -50,33 +50,54 @@ class Found:
     refused: list[str] = field(default_factory=list)
 
 
-class Checkpointer:
-    """The checkpoints of one run, in one folder. Methods are collective: every rank calls each of them alike.
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """Configuration: when to save, and what to keep.
 
     Args:
-        folder: `<run>/checkpoints`, on storage that all ranks see.
-        every: steps between checkpoints; see `due`.
+        every: steps between checkpoints.
         keep_last: how many of the newest to keep; None keeps all.
         keep_every: keep those at multiples of this many steps for good.
         asynchronous: write in the background; else `save` returns when the checkpoint is committed.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        every: int = 1000,
-        keep_last: int | None = 2,
-        keep_every: int | None = None,
-        asynchronous: bool = True,
-    ) -> None:
-        for name, value in (("every", every), ("keep_last", keep_last), ("keep_every", keep_every)):
+    every: int = 1000
+    keep_last: int | None = 2
+    keep_every: int | None = None
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last", "keep_every"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} is {value}; it must be at least 1, or null where that is allowed")
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return step > 0 and step % self.every == 0
+
+    def keeps(self, step: int, newer: int) -> bool:
+        """Whether to keep the checkpoint of `step` when there are `newer` committed ones after it."""
+        if self.keep_last is None or newer < self.keep_last:
+            return True
+        return self.keep_every is not None and step % self.keep_every == 0
+
+    def build(self, folder: str | Path) -> "Checkpointer":
+        """The checkpoints of a run; collective."""
+        return Checkpointer(folder, self)
+
+
+class Checkpointer:
+    """The checkpoints of one run, in one folder. Methods are collective: every rank calls each of them alike.
+
+    Args:
+        folder: `<run>/checkpoints`, on storage that all ranks see.
+        policy: what to keep, and whether to write in the background.
+    """
+
+    def __init__(self, folder: str | Path, policy: CheckpointPolicy | None = None) -> None:
         self.folder = Path(folder)
-        self.every = every
-        self.keep_last = keep_last
-        self.keep_every = keep_every
-        self.asynchronous = asynchronous
+        self.policy = policy or CheckpointPolicy()
         # The background thread needs collectives that cannot meet those of training: a group of its own, on CPU.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._rank = dist.get_rank() if self._group else 0
@@ -85,10 +106,6 @@ class Checkpointer:
         self._assignment: Assignment | None = None
         self._buffers: dict[MetadataIndex, Tensor] = {}
         self._pending: Future[None] | None = None
-
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
-        return step > 0 and step % self.every == 0
 
     def save(self, record: Record, shards: Iterable[Shard]) -> Path:
         """Copy the state to CPU memory, and write it to `step_<record.step>` (in the background, if asynchronous).
@@ -105,7 +122,7 @@ class Checkpointer:
         self._snapshot(list(shards))
         path = files.step_folder(self.folder, record.step)
         self._pending = _in_background(lambda: self._write(path, record))
-        if not self.asynchronous:
+        if not self.policy.asynchronous:
             self.wait()
         return path
 
@@ -186,12 +203,10 @@ class Checkpointer:
             self._prune(path)
 
     def _prune(self, newest: Path) -> None:
-        if self.keep_last is None:
-            return
-        newest_step = files.step_of(newest)
-        older = [p for p in files.step_folders(self.folder) if files.step_of(p) < newest_step and files.is_committed(p)]
-        for path in older[self.keep_last - 1 :]:
-            if self.keep_every is None or files.step_of(path) % self.keep_every:
+        step = files.step_of(newest)
+        older = [p for p in files.step_folders(self.folder) if files.step_of(p) < step and files.is_committed(p)]
+        for newer, path in enumerate(older, start=1):
+            if not self.policy.keeps(files.step_of(path), newer):
                 with files.naming(path):
                     remove_checkpoint(path)
 

@@ -36,9 +36,8 @@ def load_weights(path: str | Path, network: str, ema: str | None = None) -> dict
     kind = WEIGHT if ema is None else f"ema.{ema}"
     shapes = saved_shapes(path)
     prefix = saved_name(kind, f"{network}.")
-    shards = [
-        _whole(name, shape) for name, shape in shapes.items() if name.startswith(prefix) and kind_of(name) == kind
-    ]
+    names = [name for name in shapes if name.startswith(prefix) and kind_of(name) == kind]
+    shards = [_whole(name, shapes[name]) for name in names]
     if not shards:
         networks = sorted({name.partition(".")[0] for name in shapes if kind_of(name) == WEIGHT})
         lengths = sorted({kind_of(name).removeprefix("ema.") for name in shapes if kind_of(name).startswith("ema.")})
