@@ -1,0 +1,99 @@
+"""A run's page: `report.html`, one file that shows its curves, its pictures and its configuration."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.run_directory import RunDirectory, read_jsonl
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
+img { max-width: 100%; } figure { margin: 1rem 0; } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; }
+"""
+
+
+def write_report(directory: RunDirectory, sections: Sequence[str] = ()) -> Path:
+    """Write the page from what lies in the run directory.
+
+    Args:
+        sections: further HTML, put before the configuration.
+    """
+    rows = read_jsonl(directory.metrics) if directory.metrics.exists() else []
+    parts = [f"<h1>{html.escape(directory.path.name)}</h1>", _summary(rows)]
+    if rows:
+        parts.append(_figure(loss_curve(rows), "Training loss, and validation loss at fixed times."))
+        parts.append(_figure(_by_timestep(rows), "Loss by timestep (left: images, right: noise)."))
+    sheets = sorted(directory.samples.glob("step_*.png"))
+    for sheet in sheets[-3:]:
+        parts.append(_figure(sheet.read_bytes(), f"Samples, {sheet.stem.replace('_', ' ')}."))
+    parts += sections
+    if directory.config.exists():
+        parts.append(f"<h2>Configuration</h2><pre>{html.escape(directory.config.read_text())}</pre>")
+    page = (
+        f"<!doctype html><html><head><meta charset='utf-8'><title>{html.escape(directory.path.name)}</title>"
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    )
+    directory.report.write_text(page)
+    return directory.report
+
+
+def loss_curve(rows: Sequence[dict[str, Any]]) -> bytes:
+    """PNG of training and validation loss over samples seen."""
+    figure, axes = _axes()
+    for name, style in (("loss", {"alpha": 0.6}), ("val/loss", {"marker": "o"})):
+        points = [(r["samples"], r[name]) for r in rows if r.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.set_xlabel("samples")
+    axes.set_yscale("log")
+    axes.legend()
+    return _png(figure)
+
+
+def table(rows: Sequence[tuple[str, object]]) -> str:
+    """HTML of a two-column table."""
+    return "<table>" + "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows) + "</table>"
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "<p>No step has been logged yet.</p>"
+    last = {name: value for row in rows for name, value in row.items() if value is not None}
+    shown = ("step", "samples", "loss", "val/loss", "grad_norm", "samples_per_s", "data_wait", "mfu", "peak_memory_bytes", "skipped_steps")
+    return table([(name, f"{last[name]:.5g}" if isinstance(last[name], float) else last[name]) for name in shown if name in last])
+
+
+def _by_timestep(rows: Sequence[dict[str, Any]]) -> bytes:
+    figure, axes = _axes()
+    for prefix in ("loss_by_t/", "val/loss_by_t/"):
+        row = next((r for r in reversed(rows) if f"{prefix}0" in r), None)
+        if row is not None:
+            values = [row[name] for name in sorted((n for n in row if n.startswith(prefix)), key=lambda n: int(n.rsplit("/", 1)[1]))]
+            axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, marker="o", label=prefix.rsplit("/", 2)[0])
+    axes.set_xlabel("t")
+    axes.legend()
+    return _png(figure)
+
+
+def _axes() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _figure(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f"<figure><img src='data:image/png;base64,{data}'><figcaption>{html.escape(caption)}</figcaption></figure>"
