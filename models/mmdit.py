@@ -21,7 +21,7 @@ EPS = 1e-6
 
 
 class MMDiT(nn.Module):
-    """(noisy latents, timestep, text) -> prediction, as diffusers' SD3Transformer2DModel: its keys, defaults and outputs.
+    """Noisy latents, timestep and text to a prediction. Keys and outputs are those of diffusers' SD3Transformer2DModel.
 
     Args:
         sample_size: side of the square latents that positions are scaled for.
