@@ -2,7 +2,7 @@
 
 from trainer.checkpoint.checkpointer import Checkpointer, CheckpointPolicy, Found, load_shards
 from trainer.checkpoint.format import CheckpointError, Record, check_files, read_record
-from trainer.checkpoint.weights import load_weights, saved_shapes
+from trainer.checkpoint.weights import load_tensors, load_weights, saved_shapes
 
 __all__ = [
     "CheckpointError",
@@ -12,6 +12,7 @@ __all__ = [
     "Record",
     "check_files",
     "load_shards",
+    "load_tensors",
     "load_weights",
     "read_record",
     "saved_shapes",

@@ -1,5 +1,7 @@
 """Reads one set of weights out of a checkpoint of any world size, on one process."""
 
+from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -37,19 +39,36 @@ def load_weights(path: str | Path, network: str, ema: str | None = None) -> dict
     shapes = saved_shapes(path)
     prefix = saved_name(kind, f"{network}.")
     names = [name for name in shapes if name.startswith(prefix) and kind_of(name) == kind]
-    shards = [_whole(name, shapes[name]) for name in names]
-    if not shards:
+    if not names:
         networks = sorted({name.partition(".")[0] for name in shapes if kind_of(name) == WEIGHT})
         lengths = sorted({kind_of(name).removeprefix("ema.") for name in shapes if kind_of(name).startswith("ema.")})
         raise CheckpointError(
             f"{path} has no {'weights' if ema is None else f'EMA {ema!r}'} of {network!r}: "
             f"it holds the networks {', '.join(networks) or 'none'} and the EMA lengths {', '.join(lengths) or 'none'}"
         )
+    return {name.removeprefix(prefix): tensor for name, tensor in load_tensors(path, names, shapes).items()}
+
+
+def load_tensors(
+    path: Path, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by their saved names, whole, float32.
+
+    Args:
+        path: the checkpoint directory.
+        names: of what `saved_shapes` lists.
+        shapes: what `saved_shapes` gives, where it is at hand.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged file.
+    """
+    shapes = shapes or saved_shapes(path)
+    shards = [_whole(name, shapes[name]) for name in names]
     load_shards(path, shards)
-    return {shard.name.removeprefix(prefix): shard.tensor.view(shard.shape) for shard in shards}
+    return {shard.name: shard.tensor.view(shard.shape) for shard in shards}
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Shard:
-    tensor = torch.empty(shape).view(-1)
+    tensor = torch.empty(prod(shape))
     boxes = (Box((0,) * len(shape), shape),) if tensor.numel() else ()
     return Shard(name, shape, boxes, tensor)
