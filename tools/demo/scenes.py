@@ -99,10 +99,10 @@ def describe(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> str:
         where = "in the centre" if place == "centre" else f"in the {place} corner"
         return _choose(rng, f"a {name} {where}", f"{where}, a {name}", f"there is a {name} {where}", f"{name}, {place}")
     sides = [thing.place for thing in objects]
-    where = [f"on the {side}" if side in ("left", "right") else f"at the {side}" for side in sides]
+    spots = [f"on the {side}" if side in ("left", "right") else f"at the {side}" for side in sides]
     relation = {"left": "to the left of", "right": "to the right of", "top": "above", "bottom": "below"}
     order = (0, 1) if rng.random() < 0.5 else (1, 0)
-    (one, other), (here, there) = [names[i] for i in order], [where[i] for i in order]
+    (one, other), (here, there) = [names[i] for i in order], [spots[i] for i in order]
     return _choose(
         rng,
         f"a {one} {here} and a {other} {there}",
