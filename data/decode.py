@@ -18,7 +18,7 @@ WHITE: Color = (255, 255, 255)
 MAX_PIXELS = 100_000_000  # 300 MB of RGB; medium-format photographs pass, 30,000 x 30,000 does not
 
 # Formats that Pillow may try. Some of its other readers run external programs (EPS starts Ghostscript).
-_FORMATS = ("PNG", "WEBP", "JPEG", "MPO", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+_FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _EXIF_ORIENTATION = 0x0112
 _EXIF_MARK = b"Exif\x00\x00"
 _HEADER_BYTES = 1 << 18  # where a JPEG's EXIF block is looked for; it stands at the start
@@ -106,7 +106,7 @@ def _scale_factor(height: int, width: int, rows: int, columns: int) -> int:
 def _jpeg_orientation(data: bytes) -> int:
     if data.find(_EXIF_MARK, 0, _HEADER_BYTES) < 0:  # most training images; spares Pillow's parsing
         return 1
-    with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return _orientation(image)
 
 

@@ -1,0 +1,152 @@
+"""The loader of a run: planned slices through DataLoader workers, in order, from any step on."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from data.batch import Batch, PlannedSlice
+from data.plan import Plan
+from data.reader import Delivery, SliceReader
+from data.records import KeysLine, Records
+
+
+class LoaderError(RuntimeError):
+    """The loader cannot go on: a worker died, or too many samples in a row cannot be used."""
+
+
+class Loader:
+    """Batches of a rank's lanes, step by step.
+
+    The plan runs in this process; workers get planned slices and give back batches, which arrive in the plan's order.
+    What a step holds depends neither on the number of workers nor on where the loader started.
+
+    Args:
+        reader: makes batches of slices.
+        plan: of the run.
+        lanes: that this rank serves.
+        workers: processes that read; 0 reads in this process, without looking ahead.
+        prefetch: steps that are prepared ahead.
+        pin_memory: whether batches are put in page-locked memory, for copies to a CUDA device.
+        log_keys: whether `drain` tells the keys of every slice.
+        max_bad_in_a_row: so many unusable samples one after the other are an error.
+    """
+
+    def __init__(
+        self,
+        reader: SliceReader,
+        plan: Plan,
+        lanes: range,
+        workers: int = 2,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+        log_keys: bool = False,
+        max_bad_in_a_row: int = 16,
+    ) -> None:
+        at_least = {"workers": (workers, 0), "prefetch": (prefetch, 1), "max_bad_in_a_row": (max_bad_in_a_row, 1)}
+        for name, (value, least) in at_least.items():
+            if value < least:
+                raise ValueError(f"data.{name}={value}: it must be at least {least}")
+        self.plan, self.lanes, self.log_keys, self.max_bad_in_a_row = plan, lanes, log_keys, max_bad_in_a_row
+        self.waited = 0.0
+        """Seconds spent waiting for data since the loader was made."""
+        self.quarantined = 0
+        """Samples replaced since the loader was made."""
+        self._sampler = _PlanSampler(plan, lanes)
+        self._loader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=self._sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            prefetch_factor=math.ceil(prefetch * len(lanes) / workers) if workers else None,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # or else it takes a number from torch's global generator
+        )
+        self._deliveries: Iterator[Delivery] | None = None
+        self._next_step = -1
+        self._bad_in_a_row = 0
+        self._records = Records()
+
+    def step(self, step: int) -> list[Batch]:
+        """The batches of the rank's lanes, in their order.
+
+        Steps that follow one another are read ahead; any other step starts reading anew there.
+
+        Raises:
+            StoreError: a store fails.
+            BadSliceError: no member of a slice can be used.
+            LoaderError: a worker died; too many samples in a row cannot be used.
+        """
+        started = time.perf_counter()
+        if self._deliveries is None or step != self._next_step:
+            self._sampler.start_step = step
+            self._deliveries = iter(self._loader)
+        self._next_step = -1  # a step that fails is not continued
+        batches = [self._receive(step, lane) for lane in self.lanes]
+        self._next_step = step + 1
+        self.waited += time.perf_counter() - started
+        return batches
+
+    def drain(self) -> Records:
+        """The records of all steps served since the last call, for the run's `RecordWriter`."""
+        records, self._records = self._records, Records()
+        return records
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._deliveries = None
+        self._loader._iterator = None  # where DataLoader keeps persistent workers
+
+    def _receive(self, step: int, lane: int) -> Batch:
+        assert self._deliveries is not None
+        try:
+            delivery = next(self._deliveries)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or type(error) is not RuntimeError:
+                raise
+            raise LoaderError(
+                f"a data worker died before step {step}, lane {lane} was read ({str(error).strip()}): if memory ran"
+                " out, lower data.workers or data.prefetch"
+            ) from error
+        planned = delivery.planned
+        assert (planned.step, planned.lane) == (step, lane), "deliveries come in the plan's order"
+        self._account(delivery)
+        return delivery.batch
+
+    def _account(self, delivery: Delivery) -> None:
+        planned, batch = delivery.planned, delivery.batch
+        bad = {line.slot: line for line in delivery.quarantine}
+        self.quarantined += len(bad)
+        self._records.quarantine.extend(delivery.quarantine)
+        for slot in range(len(batch)):
+            self._bad_in_a_row = self._bad_in_a_row + 1 if slot in bad else 0
+            if self._bad_in_a_row >= self.max_bad_in_a_row:
+                line = bad[slot]
+                raise LoaderError(
+                    f"{self._bad_in_a_row} samples in a row cannot be used, up to step {planned.step}, lane"
+                    f" {planned.lane}; the last is {line.key!r} in {line.shard}: {line.reason}"
+                )
+        if self.log_keys:
+            source = self.plan.sources[planned.source].name
+            bucket = str(self.plan.buckets[planned.bucket])
+            self._records.keys.append(KeysLine(planned.step, planned.lane, source, bucket, batch.keys))
+
+
+class _PlanSampler(Sampler[PlannedSlice]):
+    """The plan's slices from `start_step` on, without end."""
+
+    def __init__(self, plan: Plan, lanes: range) -> None:
+        self.plan, self.lanes = plan, lanes
+        self.start_step = 0
+
+    def __iter__(self) -> Iterator[PlannedSlice]:
+        return self.plan.iterate(self.start_step, self.lanes)
+
+
+def _as_it_is(delivery: Any) -> Any:
+    return delivery

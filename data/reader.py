@@ -1,0 +1,277 @@
+"""From a planned slice to its batch: fetch members by byte range, check, decode, frame.
+
+What is wrong with a sample's *content* (no picture, damaged, too large, checksum, a tar that changed) puts it in
+quarantine, and another member of the same slice takes its place, chosen by a hash: so any worker and any rank chooses
+the same. What goes wrong with the *store* is an error that stops the run: it must not change what is trained on.
+"""
+
+import tarfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.batch import Batch, PlannedSlice
+from data.buckets import Buckets
+from data.decode import MAX_PIXELS, WHITE, Color, DecodeError, decode_image
+from data.draws import Draws, slice_draws
+from data.hashing import mix64, text64
+from data.manifest import ManifestReader, checksum_of
+from data.media_size import media_member
+from data.records import QuarantineLine
+from data.selection import Selection
+from data.store import Store, protocol_of, redact
+from data.tar_index import split_name
+from data.transforms import Framing, draw_framings, frame
+
+_REPLACE = text64("reader/replace")
+_CHECKSUMS = {16: "xxh128", 32: "sha256"}  # by length in bytes
+_MEMBER_COLUMNS = ("key", "extensions", "offsets", "sizes", "checksums")
+
+
+class ContentError(ValueError):
+    """A sample that cannot be used, through no fault of the store."""
+
+
+class BadSliceError(RuntimeError):
+    """A slice of which no member can be used."""
+
+
+@dataclass(frozen=True)
+class ReaderSource:
+    """Where the reader finds a source's samples and their captions.
+
+    Args:
+        name: for records and errors.
+        selection: rows that the plan's positions refer to.
+        captions: manifest columns and their weights. One is drawn per sample; where it is empty, the first of the
+            others that is not; "" if all are.
+        background: colour below transparent pixels.
+    """
+
+    name: str
+    selection: Selection
+    captions: dict[str, float] = field(default_factory=lambda: {"caption": 1.0})
+    background: Color = WHITE
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a worker makes of a planned slice."""
+
+    planned: PlannedSlice
+    batch: Batch
+    quarantine: list[QuarantineLine]
+
+    def pin_memory(self) -> "Delivery":
+        return Delivery(self.planned, self.batch.pin_memory(), self.quarantine)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A sample as the manifest describes it, and the caption drawn for it."""
+
+    shard: str
+    key: str
+    extensions: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    checksums: list[bytes] | None
+    captions: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class _Framed:
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+
+
+class SliceReader(Dataset[Delivery]):
+    """A map-style dataset whose indices are planned slices. Picklable, and safe to use after a fork.
+
+    Args:
+        sources: in the order of the plan's.
+        buckets: the plan's.
+        store: where the shards lie.
+        seed: of the run; crops, flips and captions are drawn from it.
+        crop: offsets of crops, "random" (uniform) or "center".
+        flip: mirror half of the samples; whether it was goes to `fields["flip"]`.
+        max_pixels: larger pictures are refused by their header.
+        concurrency: requests that one worker has under way at a remote store.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ReaderSource],
+        buckets: Buckets,
+        store: Store,
+        seed: int,
+        crop: Literal["random", "center"] = "random",
+        flip: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        concurrency: int = 16,
+    ) -> None:
+        self.sources, self.buckets, self.store, self.seed = tuple(sources), buckets, store, seed
+        self.crop, self.flip, self.max_pixels, self.concurrency = crop, flip, max_pixels, concurrency
+        self._manifests = [ManifestReader(store, source.selection.manifests) for source in self.sources]
+
+    def __getitem__(self, planned: PlannedSlice) -> Delivery:
+        """Read a slice.
+
+        Raises:
+            StoreError: a store fails.
+            BadSliceError: no member of the slice can be used.
+        """
+        source = self.sources[planned.source]
+        bucket = self.buckets[planned.bucket]
+        draws = slice_draws(self.seed, planned.step, planned.lane, len(planned.rows))
+        framings = draw_framings(draws, self.crop, self.flip)
+        rows = self._look_up(planned)
+        images = torch.empty((len(rows), 3, bucket.height, bucket.width), dtype=torch.uint8)
+
+        def load(slot: int, member: int) -> _Framed | ContentError:
+            try:
+                return self._load(rows[member], source.background, framings[slot], images[slot])
+            except ContentError as error:
+                return error
+
+        framed = self._map(load, rows)
+        order = list(range(len(rows)))
+        bad = {slot: outcome for slot, outcome in enumerate(framed) if isinstance(outcome, ContentError)}
+        quarantine = []
+        if bad:
+            good = [slot for slot in order if slot not in bad]
+            if not good:
+                raise BadSliceError(self._nothing_good(planned, rows, bad))
+            for slot, error in bad.items():
+                order[slot] = good[mix64(self.seed, planned.step, planned.lane, slot, _REPLACE) % len(good)]
+                framed[slot] = load(slot, order[slot])
+                quarantine.append(
+                    QuarantineLine(
+                        step=planned.step,
+                        lane=planned.lane,
+                        slot=slot,
+                        source=source.name,
+                        shard=redact(rows[slot].shard),
+                        key=rows[slot].key,
+                        reason=str(error),
+                        replaced_by=rows[order[slot]].key,
+                    )
+                )
+        done = [self._expect(outcome, rows[member]) for outcome, member in zip(framed, order, strict=True)]
+        batch = Batch(
+            draws=draws,
+            keys=[rows[member].key for member in order],
+            captions=_draw_captions(draws, source.captions, [rows[member] for member in order]),
+            images=images,
+            original_size=torch.tensor([one.original_size for one in done]),
+            crop=torch.tensor([one.crop for one in done]),
+            fields={"flip": torch.tensor([framing.flip for framing in framings])} if self.flip else {},
+        )
+        return Delivery(planned, batch, quarantine)
+
+    def _look_up(self, planned: PlannedSlice) -> list[_Row]:
+        source, reader = self.sources[planned.source], self._manifests[planned.source]
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for slot, (shard, row) in enumerate(source.selection.locate(planned.rows)):
+            by_shard.setdefault(shard, []).append((slot, row))
+        found: dict[int, _Row] = {}
+        columns = (*_MEMBER_COLUMNS, *source.captions)
+        for shard, places in by_shard.items():
+            values = reader.rows(shard, [row for _, row in places], columns)
+            for i, (slot, _) in enumerate(places):
+                key, extensions, offsets, sizes, checksums = (values[name][i] for name in _MEMBER_COLUMNS)
+                captions = {name: values[name][i] for name in source.captions}
+                url = source.selection.shards[shard]
+                found[slot] = _Row(url, key, extensions, offsets, sizes, checksums, captions)
+        return [found[slot] for slot in range(len(found))]
+
+    def _map(
+        self, load: Callable[[int, int], "_Framed | ContentError"], rows: list[_Row]
+    ) -> list[_Framed | ContentError]:
+        """Load every member to its own slot: one after the other from a local disk, else with requests in parallel."""
+        slots = range(len(rows))
+        if all(protocol_of(row.shard) in ("file", "pipe") for row in rows):
+            return [load(slot, slot) for slot in slots]
+        with ThreadPoolExecutor(min(self.concurrency, len(rows))) as pool:
+            return list(pool.map(load, slots, slots))
+
+    def _load(self, row: _Row, background: Color, framing: Framing, out: Tensor) -> _Framed:
+        data = self._fetch(row)
+        target = (out.shape[1], out.shape[2])
+        try:
+            decoded = decode_image(data, cover=target, background=background, max_pixels=self.max_pixels)
+        except DecodeError as error:
+            raise ContentError(str(error)) from error
+        return _Framed(decoded.original_size, frame(decoded.pixels, target, framing, out))
+
+    def _fetch(self, row: _Row) -> bytes:
+        """The bytes of the sample's picture, held against the tar's header before them and the manifest's checksum."""
+        chosen = media_member(row.extensions)
+        if chosen is None or chosen[1] != "image":
+            raise ContentError(f"no picture among its members ({', '.join(row.extensions)})")
+        member = chosen[0]
+        offset, size = row.offsets[member], row.sizes[member]
+        block = self.store.read(row.shard, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
+        header, data = block[: tarfile.BLOCKSIZE], block[tarfile.BLOCKSIZE :]
+        if not _header_fits(header, row.key, row.extensions[member], size):
+            raise ContentError(f"its .{row.extensions[member]} is no longer at byte {offset}: the tar changed")
+        if row.checksums is not None:
+            expected = row.checksums[member]
+            if checksum_of(data, _CHECKSUMS[len(expected)]) != expected:
+                raise ContentError(f"its .{row.extensions[member]} has another checksum than when it was indexed")
+        return data
+
+    def _expect(self, outcome: _Framed | ContentError, row: _Row) -> _Framed:
+        if isinstance(outcome, ContentError):  # it was read well a moment ago
+            raise BadSliceError(
+                f"{redact(row.shard)}: {row.key!r} reads differently from one time to the next: {outcome}"
+            )
+        return outcome
+
+    def _nothing_good(self, planned: PlannedSlice, rows: list[_Row], bad: dict[int, ContentError]) -> str:
+        examples = "; ".join(
+            f"{rows[s].key!r} in {redact(rows[s].shard)}: {error}" for s, error in list(bad.items())[:3]
+        )
+        return (
+            f"none of the {len(rows)} samples of slice (step {planned.step}, lane {planned.lane}) of source"
+            f" {self.sources[planned.source].name!r} can be used, so nothing can replace them ({examples}):"
+            " leave such rows out with the source's `where`, index the shards again, or use fewer lanes"
+        )
+
+
+def _header_fits(header: bytes, key: str, extension: str, size: int) -> bool:
+    """Whether a tar header is that of the member. One whose true name or size stands in an extension header before it
+    (longer than 100 bytes, or not ASCII) is only held against what it can tell."""
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    if not info.isreg() or info.size != size:
+        return False
+    if len(key) + len(extension) >= tarfile.LENGTH_NAME - 1 or not key.isascii() or not extension.isascii():
+        return True
+    return split_name(info.name) == (key, extension)
+
+
+def _draw_captions(draws: Draws, weights: dict[str, float], rows: list[_Row]) -> list[str]:
+    columns = list(weights)
+    if len(columns) == 1:
+        return [row.captions[columns[0]] or "" for row in rows]
+    total = sum(weights.values())
+    captions = []
+    for u, row in zip(draws.unit("caption"), rows, strict=True):
+        rest = u * total
+        drawn = columns[-1]
+        for column in columns:
+            rest -= weights[column]
+            if rest < 0:
+                drawn = column
+                break
+        others = (row.captions[column] for column in columns)
+        captions.append(row.captions[drawn] or next((caption for caption in others if caption), ""))
+    return captions

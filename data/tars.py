@@ -1,0 +1,231 @@
+"""The data of a run: sources of tars, from a config to a plan and a loader."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from data.buckets import Buckets
+from data.compiled import Compiled, compile_sizes
+from data.dataset import Loader
+from data.decode import MAX_PIXELS
+from data.index import ensure_indexed
+from data.manifest import STRUCTURE, Checksum, Manifest, open_parquet
+from data.plan import Plan, PlanSource
+from data.reader import ReaderSource, SliceReader
+from data.selection import Selection, Split, select
+from data.store import Store, cache_root
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of samples.
+
+    Args:
+        shards: tars, folders of tars, globs or brace patterns; paths or URLs.
+        where: SQL predicate over manifest and score columns; null keeps all.
+        weight: its share of the slices is this over the sum of all sources' weights.
+        caption: a manifest column, or several with weights; `caption` is the `.txt` member or else the JSON's caption.
+        background: RGB below transparent pixels.
+    """
+
+    shards: str | list[str]
+    where: str | None = None
+    weight: float = 1.0
+    caption: str | dict[str, float] = "caption"
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
+
+    def __post_init__(self) -> None:
+        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
+            raise ValueError(f"background {self.background} must be three numbers from 0 to 255")
+        if not self.captions or not all(weight > 0 for weight in self.captions.values()):
+            raise ValueError(f"caption {self.caption} must name at least one column, each with a positive weight")
+
+    @property
+    def captions(self) -> dict[str, float]:
+        """Columns and weights; columns in lower case, as manifests have them."""
+        given = {self.caption: 1.0} if isinstance(self.caption, str) else self.caption
+        return {column.lower(): weight for column, weight in given.items()}
+
+
+class TarData:
+    """Tars of images with captions, local or in object stores.
+
+    Args:
+        sources: by name.
+        holdout: share of the samples, by a hash of their keys, that only validation sees.
+        workers: reading processes per rank; 0 reads within the training process.
+        prefetch: steps prepared ahead.
+        crop: offsets of crops, uniform ("random") or in the middle ("center").
+        flip: mirror half of the images.
+        max_pixels: larger images are refused by their header.
+        max_bad_in_a_row: so many unusable samples one after the other stop the run.
+        log_keys: write which keys each slice held to `keys.jsonl`.
+        block: consecutive selected rows that stay together in every epoch's order.
+        window: blocks that are shuffled together.
+        replan: on resume, accept data, lanes or weights that changed since the checkpoint, and follow a new plan.
+        checksum: have `index` compute members' checksums, which reading then verifies.
+        storage_options: fsspec options by protocol; no keys or tokens.
+        allow_pipe: allow `pipe:` URLs, which run shell commands.
+        manifest_folder: where manifests go that cannot lie beside their shards.
+        cache_folder: for selections; the user's cache folder by default.
+        concurrency: requests that a worker has under way at a remote store.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        holdout: float = 0.0,
+        workers: int = 2,
+        prefetch: int = 2,
+        crop: Literal["random", "center"] = "random",
+        flip: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        max_bad_in_a_row: int = 16,
+        log_keys: bool = False,
+        block: int = 256,
+        window: int = 16,
+        replan: bool = False,
+        checksum: Checksum | None = None,
+        storage_options: dict[str, dict] | None = None,
+        allow_pipe: bool = False,
+        manifest_folder: str | None = None,
+        cache_folder: str | None = None,
+        concurrency: int = 16,
+    ) -> None:
+        if not sources:
+            raise ValueError("no data: name a source and its tars, e.g. +data.sources.photos.shards=/data/photos")
+        self.sources = {name: _source(name, given) for name, given in sources.items()}
+        self.holdout, self.workers, self.prefetch = holdout, workers, prefetch
+        self.crop, self.flip, self.max_pixels = crop, flip, max_pixels
+        self.max_bad_in_a_row, self.log_keys = max_bad_in_a_row, log_keys
+        self.block, self.window, self.replan, self.checksum = block, window, replan, checksum
+        self.manifest_folder, self.cache_folder, self.concurrency = manifest_folder, cache_folder, concurrency
+        self.store = Store(storage_options, allow_pipe, cache_folder=cache_folder)
+        self._manifests: dict[str, list[Manifest]] = {}
+
+    def manifests(self, name: str) -> list[Manifest]:
+        """The manifests of a source's shards, which are indexed if they are not yet."""
+        if name not in self._manifests:
+            shards = self.store.expand(self.sources[name].shards)
+            found = ensure_indexed(shards, self.store, self.manifest_folder, self.checksum)
+            self._check_captions(name, found)
+            self._manifests[name] = found
+        return self._manifests[name]
+
+    def open(self, buckets: Buckets, split: Split = "train") -> "TarSplit":
+        """Select and compile one split of all sources. All ranks may do so at once.
+
+        Raises:
+            ValueError: no shards, an empty selection, a wrong `where`, a caption column that is nowhere.
+            StoreError: a store fails.
+        """
+        selections, compiled = {}, {}
+        for name, source in self.sources.items():
+            try:
+                chosen = select(self.manifests(name), self.store, source.where, self.holdout, split, self.cache_folder)
+            except ValueError as error:
+                raise ValueError(f"source {name!r}: {error}") from error
+            selections[name] = chosen
+            compiled[name] = compile_sizes(
+                _sizes(chosen), len(chosen), buckets, cache_root(self.cache_folder), chosen.fingerprint, self.block
+            )
+        return TarSplit(self, buckets, selections, compiled)
+
+    def _check_captions(self, name: str, manifests: Sequence[Manifest]) -> None:
+        missing = self.sources[name].captions.keys() - STRUCTURE.keys()
+        seen: set[str] = set()
+        for manifest in manifests:  # a field may occur in some shards only
+            if not missing:
+                return
+            with open_parquet(manifest.url, self.store) as file:
+                seen.update(file.schema_arrow.names)
+            missing = missing - seen
+        if missing:
+            raise ValueError(f"source {name!r} has no caption column {min(missing)!r}; its columns are {sorted(seen)}")
+
+
+class TarSplit:
+    """One split of the data, selected and compiled for some buckets.
+
+    Args:
+        data: whose split it is.
+        buckets: what its images are cropped to.
+        selections: by source.
+        compiled: by source.
+    """
+
+    def __init__(
+        self, data: TarData, buckets: Buckets, selections: dict[str, Selection], compiled: dict[str, Compiled]
+    ) -> None:
+        self.data, self.buckets, self.selections, self.compiled = data, buckets, selections, compiled
+
+    def plan(self, lanes: int, slice_size: int, seed: int, start: int = 0) -> Plan:
+        """The plan that begins at step `start`."""
+        sources = [PlanSource(name, self.compiled[name], source.weight) for name, source in self.data.sources.items()]
+        return Plan(sources, lanes, slice_size, seed, self.data.window, start)
+
+    def loader(
+        self,
+        plan: Plan,
+        lanes: range,
+        pin_memory: bool = False,
+        crop: Literal["random", "center"] | None = None,
+        flip: bool | None = None,
+        workers: int | None = None,
+    ) -> Loader:
+        """Reads some lanes of a plan of this split. `crop`, `flip` and `workers` are the config's unless given."""
+        data = self.data
+        reader = SliceReader(
+            [
+                ReaderSource(name, self.selections[name], source.captions, _color(source.background))
+                for name, source in data.sources.items()
+            ],
+            self.buckets,
+            data.store,
+            plan.seed,
+            crop=data.crop if crop is None else crop,
+            flip=data.flip if flip is None else flip,
+            max_pixels=data.max_pixels,
+            concurrency=data.concurrency,
+        )
+        return Loader(
+            reader,
+            plan,
+            lanes,
+            workers=data.workers if workers is None else workers,
+            prefetch=data.prefetch,
+            pin_memory=pin_memory,
+            log_keys=data.log_keys,
+            max_bad_in_a_row=data.max_bad_in_a_row,
+        )
+
+
+def _source(name: str, given: Source | dict[str, Any]) -> Source:
+    """A source as the config has it, a plain mapping."""
+    if isinstance(given, Source):
+        return given
+    known = [f.name for f in fields(Source)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"data.sources.{name}.{key} is no key of a source; it takes {', '.join(known)}")
+    if "shards" not in given:
+        raise ValueError(f"data.sources.{name}.shards is missing: the source's tars")
+    try:
+        return Source(**given)
+    except ValueError as error:
+        raise ValueError(f"data.sources.{name}: {error}") from error
+
+
+def _sizes(selection: Selection) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(selection), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        yield selection.width[part], selection.height[part]
+
+
+def _color(values: list[int]) -> tuple[int, int, int]:
+    red, green, blue = values
+    return red, green, blue
