@@ -60,6 +60,7 @@ def run(config: Config) -> list[Manifest]:
 
     store: Store = build(config.store) if not isinstance(config.store, Store) else config.store
     patterns = [config.shards] if isinstance(config.shards, str) else list(config.shards)
+    processes = config.processes or min(len(os.sched_getaffinity(0)), 16)
     started = time.perf_counter()
     try:
         shards = store.expand(patterns)
@@ -69,7 +70,7 @@ def run(config: Config) -> list[Manifest]:
             if damaged:
                 raise ConfigError(f"{len(damaged)} members differ from their checksums (listed above)")
             return []
-        manifests = ensure_indexed(shards, store, config.manifest_folder, config.checksum, config.processes)
+        manifests = ensure_indexed(shards, store, config.manifest_folder, config.checksum, processes)
     except (StoreError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(report(manifests, time.perf_counter() - started))
@@ -83,7 +84,7 @@ def ensure_indexed(
     store: Store,
     folder: str | None = None,
     checksum: Checksum | None = None,
-    processes: int | None = None,
+    processes: int = 1,
 ) -> list[Manifest]:
     """The manifests of all shards, in order; shards without one, or changed since, are indexed now.
 
@@ -95,7 +96,7 @@ def ensure_indexed(
         store: where they lie.
         folder: where manifests go; beside the shards if None.
         checksum: also compute checksums of all members (reads every byte).
-        processes: how many work at once; by default as many as there are cores, at most 16.
+        processes: how many work at once. More than one are spawned, so the caller's main module must be importable.
 
     Raises:
         ValueError: no shards, or no place to write manifests to.
@@ -169,11 +170,8 @@ def _up_to_date(shard: str, url: str, store: Store, checksum: Checksum | None) -
     return manifest if checksum in (None, manifest.checksum) else None
 
 
-def _index_all(jobs: dict[int, tuple], processes: int | None) -> Iterator[tuple[int, Manifest]]:
+def _index_all(jobs: dict[int, tuple], processes: int) -> Iterator[tuple[int, Manifest]]:
     """(position, manifest) of each job, as they are finished."""
-    if processes is None:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        processes = min(len(os.sched_getaffinity(0)) // ranks_here, 16)
     processes = min(processes, len(jobs) // SHARDS_PER_PROCESS)
     bar = tqdm(desc="index", total=len(jobs), unit="shard", disable=None)
     if processes <= 1:

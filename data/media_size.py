@@ -6,7 +6,7 @@ Sizes are those of the upright picture: EXIF orientations 5 to 8 swap width and 
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal, cast
 
 from PIL import Image, UnidentifiedImageError
 
@@ -15,6 +15,7 @@ from data.store import RangedFile
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff", "avif", "jp2"])
 VIDEO_EXTENSIONS = frozenset(["mp4", "mkv", "webm", "mov", "avi", "m4v", "mpg", "mpeg", "ts"])
 
+_OTHER_FORMATS = ("BMP", "PPM", "TIFF", "AVIF", "JPEG2000")  # some of Pillow's readers run programs: not those
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15 without DHT, JPG and DAC
 _JPEG_BARE_MARKERS = frozenset([0x01, *range(0xD0, 0xD9)])  # TEM, RST0..7, SOI: no length follows
 
@@ -84,6 +85,7 @@ def video_size(file: RangedFile) -> MediaSize:
             if stream is None:
                 raise ValueError("no video stream")
             fps = float(stream.average_rate or stream.guessed_rate or 0) or None
+            duration: float | None
             if stream.duration is not None and stream.time_base is not None:
                 duration = float(stream.duration * stream.time_base)
             else:
@@ -189,7 +191,7 @@ def _other(file: RangedFile) -> tuple[int, int] | None:
     """Rarer formats by way of Pillow, which may read more of the file."""
     file.seek(0)
     try:
-        with Image.open(file) as image:
+        with Image.open(cast(IO[bytes], file), formats=_OTHER_FORMATS) as image:
             return _upright(*image.size, image.getexif().get(0x0112, 1))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
         return None

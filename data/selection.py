@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data.manifest import STRUCTURE, Manifest, open_parquet, open_scores
+from data.manifest import STRUCTURE, Manifest, open_parquet, open_scores, score_names, score_url
 from data.store import Store, cache_root, redact
 from data.where import Where, WhereError, first_line
 
@@ -60,6 +60,7 @@ class Selection:
         folder: where it is kept.
         shards: URLs of all S shards, also of those with no row selected.
         manifests: URLs of their manifests.
+        digests: of the manifests' rows, by which a `ManifestReader` notices that one was written anew.
         row: (N,) uint32, row in the shard's manifest.
         width: (N,) uint16 (uint32 where a side is beyond), pixels, upright.
         height: as width.
@@ -72,6 +73,7 @@ class Selection:
     folder: Path
     shards: tuple[str, ...]
     manifests: tuple[str, ...]
+    digests: tuple[str, ...]
     row: np.ndarray
     width: np.ndarray
     height: np.ndarray
@@ -89,6 +91,7 @@ class Selection:
             folder=folder,
             shards=tuple(told["shards"]),
             manifests=tuple(told["manifests"]),
+            digests=tuple(told["digests"]),
             shard_offsets=np.load(folder / "shard_offsets.npy"),
             fingerprint=told["fingerprint"],
             counts=Counts(**told["counts"]),
@@ -157,7 +160,7 @@ def _cache_key(scan: "_Scan", where: str | None, holdout: float, split: str) -> 
     for manifest in scan.manifests:
         digest.update(json.dumps([manifest.shard, manifest.url, manifest.identity, manifest.digest]).encode())
         for name in scan.filters:
-            digest.update(f"{name} {scan.store.identity(manifest.score_url(name))}".encode())
+            digest.update(f"{name} {scan.store.identity(score_url(manifest.url, name))}".encode())
     return digest.hexdigest()
 
 
@@ -180,7 +183,7 @@ class _Scan:
         """Which filters' score files hold the wanted columns; raises if a column is nowhere."""
         assert clause is not None
         available = set(STRUCTURE)
-        for name in _filters(self.manifests[0], self.store):
+        for name in score_names(self.manifests[0].url, self.store):
             with open_scores(self.manifests[0], name, self.store) as file:
                 columns = set(file.schema_arrow.names)
             used = {c for c in columns if c.lower() in wanted}
@@ -246,16 +249,6 @@ def _nan_to_null(table: pa.Table) -> pa.Table:
     return table
 
 
-def _filters(manifest: Manifest, store: Store) -> list[str]:
-    """Names of the filters that have scores for a shard."""
-    prefix = manifest.score_url("").removesuffix("parquet")[:-1]
-    found = store.glob(prefix + "*.parquet")
-    names = [
-        url[url.rindex("/") + 1 :][len(prefix) - prefix.rindex("/") - 1 :].removesuffix(".parquet") for url in found
-    ]
-    return sorted(n for n in names if n != "manifest" and "." not in n)
-
-
 def _in_order(pool: ThreadPoolExecutor, function: Any, items: Sequence[int], ahead: int) -> Iterator[Any]:
     """The function's results in the items' order, computed a few items ahead."""
     pending: list[Any] = []
@@ -307,6 +300,7 @@ def _materialise(folder: Path, scan: _Scan, clause: Where | None, holdout: float
     told = {
         "shards": [m.shard for m in scan.manifests],
         "manifests": [m.url for m in scan.manifests],
+        "digests": [m.digest for m in scan.manifests],
         "fingerprint": fingerprint.hexdigest(),
         "counts": asdict(counts),
         "where": clause.text if clause is not None else None,
@@ -376,9 +370,9 @@ def _quantiles(scan: _Scan, clause: Where) -> list[float | None]:
                 empty[i] = n == 0
                 rank[i] = max(math.ceil(quantile.probability * n), 1) - 1
             below = np.cumsum(counts[i])
-            digit = int(np.searchsorted(below, rank[i], side="right"))
-            rank[i] -= int(below[digit - 1]) if digit else 0
-            prefix[i] = prefix[i] << 16 | digit
+            chosen = int(np.searchsorted(below, rank[i], side="right"))
+            rank[i] -= int(below[chosen - 1]) if chosen else 0
+            prefix[i] = prefix[i] << 16 | chosen
     return [None if none else _from_ordered_bits(bits) for none, bits in zip(empty, prefix, strict=True)]
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-import braceexpand
 import fsspec
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from fsspec.asyn import sync
 
 from data.hashing import text64
@@ -145,9 +145,7 @@ class Store:
 
     def _check_pipe(self, url: str) -> None:
         if not self.allow_pipe:
-            raise ValueError(
-                f"{url.split()[0]} ... would run a shell command; set data.allow_pipe=true if you trust it"
-            )
+            raise ValueError(f"{url.split()[0]} ... would run a shell command; set allow_pipe=true if you trust it")
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -186,7 +184,13 @@ class Store:
         if protocol_of(url) == "file":
             return local_path(url).exists()
         fs, path = self._filesystem(url)
-        return bool(self._retry(url, lambda: self._call(fs, "exists", path)))
+        try:  # not fs.exists, which takes a store that does not answer for a file that is not there
+            self._retry(url, lambda: self._call(fs, "info", path))
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
+        return True
 
     def read(self, url: str, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset` on.
@@ -275,7 +279,8 @@ class Store:
         for attempt in range(1, self.attempts + 1):
             try:
                 return call()
-            except Exception as error:
+            except Exception as raised:
+                error = _true_cause(raised)
                 status = getattr(error, "status", None)
                 refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
                 if isinstance(error, _PERMANENT) or refused or attempt == self.attempts:
@@ -452,9 +457,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def _expand_braces(pattern: str) -> list[str]:
     try:
-        return list(braceexpand.braceexpand(pattern))
-    except braceexpand.UnbalancedBracesError as error:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
         raise ValueError(f"unbalanced braces in the shard pattern {redact(pattern)!r}") from error
+
+
+def _true_cause(error: Exception) -> Exception:
+    """fsspec's web files report any failure as FileNotFoundError, raised from what really happened."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        return FileNotFoundError(str(error)) if getattr(cause, "status", None) == 404 else _true_cause(cause)
+    return error
 
 
 def _store_error(url: str, error: Exception, attempts: int = 1) -> StoreError:

@@ -108,9 +108,7 @@ class Where:
             self._visit(child, compared_with)
 
     def _add_quantile(self, node: dict[str, Any], compared_with: dict[str, Any] | None) -> None:
-        arguments = [
-            a["expression"] if "expression" in a else a for a in node.get("arguments", node.get("children", []))
-        ]
+        arguments = [a.get("expression", a) for a in node.get("arguments", node.get("children", []))]
         over = compared_with if len(arguments) == 1 else arguments[0] if len(arguments) == 2 else None
         if over is None or _contains_quantile(over):
             raise WhereError(f"where={self.text!r}: write `column > quantile(p)` or `quantile(column, p)`")
