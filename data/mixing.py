@@ -26,12 +26,11 @@ class Mixture:
     def __init__(self, weights: Sequence[float], seed: int, resolution: int = 1000) -> None:
         if not weights:
             raise ValueError("a mixture needs at least one source")
-        total = sum(weights)
         for i, weight in enumerate(weights):
             if not 0 < weight < float("inf"):
-                raise ValueError(
-                    f"weight {weight} of source {i} must be positive and finite; leave the source out instead"
-                )
+                raise ValueError(f"weight {weight} of source {i} must be positive and finite: leave it out instead")
+        total = sum(weights)
+        for i, weight in enumerate(weights):
             if weight / total * resolution < 0.5:
                 raise ValueError(
                     f"weight {weight} of source {i} is {weight / total:.2g} of the whole: less than one turn in"

@@ -328,6 +328,8 @@ class SourceStream:
         return stop - len(range(slot, end, self.lanes)), stop
 
     def _order(self, epoch: int) -> EpochOrder:
+        if epoch in self._tables:
+            return self._tables[epoch].result().order
         if epoch not in self._orders:
             self._orders[epoch] = EpochOrder(self.compiled, self.seed, epoch, self.window)
             _keep_latest(self._orders)
