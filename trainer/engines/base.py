@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -18,6 +19,31 @@ class Box:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+
+
+def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> tuple[Box, ...]:
+    """The elements start..stop of a row-major tensor as the fewest boxes, in order: at most 2 * ndim - 1."""
+    if start >= stop:
+        return ()
+    if not shape:
+        return (Box((), ()),)
+    row = prod(shape[1:])
+    first, last = start // row, stop // row
+    if start % row and first == (stop - 1) // row:  # within one row, from its middle on
+        return _in_row(first, boxes_of_range(shape[1:], start - first * row, stop - first * row))
+    boxes: tuple[Box, ...] = ()
+    if start % row:
+        boxes += _in_row(first, boxes_of_range(shape[1:], start % row, row))
+        first += 1
+    if first < last:
+        boxes += (Box((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])),)
+    if stop % row:
+        boxes += _in_row(last, boxes_of_range(shape[1:], 0, stop % row))
+    return boxes
+
+
+def _in_row(row: int, boxes: Iterable[Box]) -> tuple[Box, ...]:
+    return tuple(Box((row, *box.offsets), (1, *box.sizes)) for box in boxes)
 
 
 @dataclass(frozen=True)

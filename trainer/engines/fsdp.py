@@ -15,12 +15,11 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 
 from trainer.engines import networks as shared
-from trainer.engines.base import Box, Shard, StepResult, storage_bytes
+from trainer.engines.base import Shard, StepResult, storage_bytes
 from trainer.engines.networks import Precision
-from trainer.engines.optimizer import MOMENTS, AdamW, clip_factor, decays, global_norm
+from trainer.engines.optimizer import MOMENTS, AdamW, allocate_moments, clip_factor, decays, global_norm
 from trainer.objectives.base import Phase
 
 
@@ -96,14 +95,12 @@ class FSDPEngine:
         self._mesh = _mesh(config.replicas, device)
         self._group = self._mesh["shard"].get_group()
         self._trainable = [name for phase in phases for name in phase.trainable]
-        unknown = set(config.shard_frozen) - (set(networks) - set(self._trainable))
-        if unknown:
-            raise ValueError(f"engine.shard_frozen names {sorted(unknown)}, no frozen network of this run")
-        for name, network in self.networks.items():
-            if name in self._trainable:
-                self._prepare_trainable(network, seed)
-            else:
-                self._prepare_frozen(name, network, seed)
+        shared.check_frozen(config.shard_frozen, networks, self._trainable)
+        self._frozen = [name for name in networks if name not in self._trainable]
+        for name in self._frozen:
+            shared.prepare_frozen(networks[name], name in config.shard_frozen, config.precision, seed, device)
+        for name in self._trainable:
+            self._prepare_trainable(networks[name], seed)
         self._active: Phase | None = None
         self._owned: dict[str, list[_Owned]] = {}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
@@ -119,56 +116,33 @@ class FSDPEngine:
         if self.config.activation_checkpointing:
             shared.checkpoint_blocks(network)
         dtype = shared.compute_dtype(self.config.precision)
-        self._shard(
-            network,
-            MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-            CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.config.offload else OffloadPolicy(),
-        )
-        self._materialize(network, seed, torch.device("cpu") if self.config.offload else self.device)
-        shared.cast_at_border(network, dtype)
-
-    def _prepare_frozen(self, name: str, network: nn.Module, seed: int) -> None:
-        dtype = shared.compute_dtype(self.config.precision)
-        network.requires_grad_(False).eval().to(dtype)
-        if name in self.config.shard_frozen:
-            self._shard(network, MixedPrecisionPolicy(cast_forward_inputs=False), OffloadPolicy())
-            self._materialize(network, seed, self.device)
-        else:
-            shared.materialize(network, seed, self.device)
-        shared.cast_at_border(network, dtype)
-
-    def _shard(self, network: nn.Module, precision: MixedPrecisionPolicy, offload: OffloadPolicy) -> None:
         for module in (*shared.blocks_of(network), network):
             fully_shard(
                 module,
                 mesh=self._mesh if self.config.replicas > 1 else self._mesh["shard"],
                 reshard_after_forward=self.config.reshard_after_forward and module is not network,
-                mp_policy=precision,
-                offload_policy=offload,
+                mp_policy=MixedPrecisionPolicy(
+                    param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+                ),
+                offload_policy=CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+                if self.config.offload
+                else OffloadPolicy(),
             )
-        assert isinstance(network, FSDPModule)
-        for module in network.modules():
-            if isinstance(module, FSDPModule):
-                # Sum, not mean: the loop has divided by the global batch.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-
-    @torch.no_grad()
-    def _materialize(self, network: nn.Module, seed: int, device: torch.device) -> None:
-        """Fill a sharded network's shards on `device`."""
+            assert isinstance(module, FSDPModule)
+            # Sum, not mean: the loop has divided by the global batch.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
         if shared.is_meta(network):
-            network.to_empty(device=device)
+            network.to_empty(device="cpu" if self.config.offload else self.device)
             parameters = dict(network.named_parameters())
-
-            def store(name: str, whole: Tensor) -> None:
-                box = _box(parameters[name])
-                local = _local(parameters[name])
-                local.copy_(whole[box.offsets[0] : box.offsets[0] + box.sizes[0]])
-
-            shared.fill(network, seed, self.device, store)
+            shapes = {name: parameter.shape for name, parameter in parameters.items()}
+            shared.fill(
+                network, shapes, seed, self.device, lambda name, whole: shared.store_shard(parameters[name], whole)
+            )
             network.init_buffers()  # type: ignore[operator]
         for buffer in network.buffers():
             buffer.data = buffer.data.to(self.device)
+        shared.cast_at_border(network, dtype)
 
     def _add_optimizer(self, phase: Phase, config: AdamW) -> None:
         owned: list[_Owned] = []
@@ -178,12 +152,13 @@ class FSDPEngine:
             network = self.networks[network_name]
             decay = decays(network)
             for name, parameter in network.named_parameters():
-                local = nn.Parameter(_local(parameter))
+                local = nn.Parameter(shared.local_part(parameter))
                 owned.append(_Owned(f"{network_name}.{name}", parameter, local))
                 if local.numel():  # a small tensor leaves some ranks with nothing of it
                     (decayed if decay[name] else plain).append(local)
         self._owned[phase.name] = owned
         self._optimizers[phase.name] = config.build(decayed, plain)
+        allocate_moments(self._optimizers[phase.name], (*decayed, *plain))
         self._max_grad_norm[phase.name] = config.max_grad_norm
 
     @contextlib.contextmanager
@@ -208,7 +183,7 @@ class FSDPEngine:
         for own in owned:
             gradient = own.parameter.grad
             # Without a gradient this step (a branch not taken): as if it were zero, which is what ZeRO does.
-            own.local.grad = torch.zeros_like(own.local) if gradient is None else _local(gradient)
+            own.local.grad = torch.zeros_like(own.local) if gradient is None else shared.local_part(gradient)
             gradients.append(own.local.grad)
         norm = global_norm(gradients, self._group, self.device)
         finite = norm < float("inf")
@@ -245,7 +220,7 @@ class FSDPEngine:
                 tensor = own.local.detach()
                 if kind != "weight" and tensor.numel():
                     tensor = state[own.local][kind]
-                boxes = (_box(own.parameter),) if tensor.numel() else ()
+                boxes = (shared.local_box(own.parameter),) if tensor.numel() else ()
                 yield Shard(own.name, tuple(own.parameter.shape), boxes, tensor.view(-1))
 
     def kinds(self) -> Sequence[str]:
@@ -267,11 +242,13 @@ class FSDPEngine:
         trainable = [own for owned in self._owned.values() for own in owned]
         states = [state for optimizer in self._optimizers.values() for state in optimizer.state.values()]
         return {
-            "parameters": storage_bytes(_local(own.parameter) for own in trainable),
-            "gradients": storage_bytes(_local(g) for own in trainable if (g := own.parameter.grad) is not None),
+            "parameters": storage_bytes(shared.local_part(own.parameter) for own in trainable),
+            "gradients": storage_bytes(
+                shared.local_part(g) for own in trainable if (g := own.parameter.grad) is not None
+            ),
             "optimizer": storage_bytes(state[moment] for state in states for moment in MOMENTS),
             "frozen": storage_bytes(
-                _local(p)
+                shared.local_part(p)
                 for name in set(self.networks) - set(self._trainable)
                 for p in self.networks[name].parameters()
             ),
@@ -283,20 +260,3 @@ def _mesh(replicas: int, device: torch.device) -> DeviceMesh:
     if replicas < 1 or world % replicas:
         raise ValueError(f"engine.replicas={replicas} does not divide the {world} ranks")
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, on the storage of the sharded tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _box(tensor: Tensor) -> Box:
-    """Where `_local` lies in the whole: FSDP2 cuts dimension 0 into equal chunks, the last of which may be smaller or
-    empty."""
-    assert isinstance(tensor, DTensor)
-    shards = tensor.device_mesh["shard"]
-    rows = tensor.shape[0]
-    chunk = -(-rows // shards.size())
-    start = min(shards.get_local_rank() * chunk, rows)
-    return Box((start, *(0,) * (tensor.ndim - 1)), (min(chunk, rows - start), *tensor.shape[1:]))

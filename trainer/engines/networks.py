@@ -2,14 +2,20 @@
 compilation, filling from the meta device, freezing."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from models.initialization import Initializable, parameter_generator
+from trainer.engines.base import Box, storage_bytes
 from trainer.objectives.base import Phase
 
 Precision = Literal["bf16", "fp32"]
@@ -83,39 +89,101 @@ def cast_at_border(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 
 def is_meta(network: nn.Module) -> bool:
-    """Whether the network's parameters are still to be filled."""
-    return any(p.is_meta for p in network.parameters())
+    """Whether the network's parameters are still to be filled.
+
+    Raises:
+        ValueError: they are, but the network has no way to fill them.
+    """
+    meta = any(p.is_meta for p in network.parameters())
+    if meta and not isinstance(network, Initializable):
+        raise ValueError(f"{type(network).__name__} is on the meta device but lacks init_parameter and init_buffers")
+    return meta
 
 
 @torch.no_grad()
-def fill(network: nn.Module, seed: int, device: torch.device, store: Callable[[str, Tensor], object]) -> None:
-    """Draw the network's first parameters, one whole parameter at a time, and hand each to `store(name, whole)`.
+def fill(
+    network: nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    seed: int,
+    device: torch.device,
+    store: Callable[[str, Tensor], object],
+) -> None:
+    """Draw a network's first parameters, one whole parameter at a time, and hand each to `store(name, whole)`.
 
-    Raises:
-        ValueError: the network cannot be filled (it was built on the meta device without `init_parameter`).
+    Args:
+        shapes: of the whole parameters, by name.
     """
-    if not isinstance(network, Initializable):
-        raise ValueError(f"{type(network).__name__} is on the meta device but lacks init_parameter and init_buffers")
-    for name, parameter in network.named_parameters():
-        whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+    assert isinstance(network, Initializable)
+    for name, shape in shapes.items():
+        whole = torch.empty(tuple(shape), dtype=torch.float32, device=device)
         network.init_parameter(name, whole, parameter_generator(seed, name, device))
         store(name, whole)
 
 
-@torch.no_grad()
-def materialize(network: nn.Module, seed: int, device: torch.device) -> None:
-    """Bring a network that every rank holds whole to the device, filling it if it is still on the meta device."""
-    if is_meta(network):
+def prepare_frozen(network: nn.Module, sharded: bool, precision: Precision, seed: int, device: torch.device) -> None:
+    """Place a network that is only used: in the compute type, whole on every rank or sharded over all of them by FSDP2,
+    filled if it is still on the meta device."""
+    dtype = compute_dtype(precision)
+    network.requires_grad_(False).eval().to(dtype)
+    meta = is_meta(network)
+    if sharded:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+        for module in (*blocks_of(network), network):
+            fully_shard(
+                module, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
+            )
+    if meta:
         network.to_empty(device=device)
         parameters = dict(network.named_parameters())
-        fill(network, seed, device, lambda name, whole: parameters[name].copy_(whole))
-        assert isinstance(network, Initializable)
-        network.init_buffers()
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        fill(network, shapes, seed, device, lambda name, whole: store_shard(parameters[name], whole))
+        network.init_buffers()  # type: ignore[operator]
     network.to(device)
+    cast_at_border(network, dtype)
+
+
+def frozen_bytes(networks: Iterable[nn.Module]) -> int:
+    """Bytes of parameters that this rank holds of the networks."""
+    return storage_bytes(local_part(parameter) for network in networks for parameter in network.parameters())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor under FSDP2, on the same storage; a plain tensor as it is."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_box(tensor: Tensor) -> Box:
+    """Where `local_part` lies in the whole: FSDP2 cuts dimension 0 into equal chunks, the last of which may be smaller
+    or empty."""
+    if not isinstance(tensor, DTensor):
+        return Box((0,) * tensor.ndim, tuple(tensor.shape))
+    shards = tensor.device_mesh["shard"]
+    rows = tensor.shape[0]
+    chunk = -(-rows // shards.size())
+    start = min(shards.get_local_rank() * chunk, rows)
+    return Box((start, *(0,) * (tensor.ndim - 1)), (min(chunk, rows - start), *tensor.shape[1:]))
+
+
+@torch.no_grad()
+def store_shard(parameter: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of `whole` into the parameter."""
+    box = local_box(parameter)
+    part = whole.narrow(0, box.offsets[0], box.sizes[0]) if box.sizes else whole
+    local_part(parameter).copy_(part)
+
+
+def check_frozen(sharded: Iterable[str], networks: Iterable[str], trainable: Iterable[str]) -> None:
+    """Raises ValueError when a network to be sharded while frozen does not exist or is trained."""
+    frozen = set(networks) - set(trainable)
+    if unknown := set(sharded) - frozen:
+        raise ValueError(
+            f"engine.shard_frozen names {sorted(unknown)}; this run's frozen networks are {sorted(frozen)}"
+        )
 
 
 def set_trainable(networks: Mapping[str, nn.Module], phases: Iterable[Phase], phase: Phase) -> None:

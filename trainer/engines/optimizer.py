@@ -34,19 +34,22 @@ class AdamW:
             raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm}: a positive number, or null to never clip")
 
     def build(self, decayed: Sequence[Tensor], plain: Sequence[Tensor]) -> torch.optim.AdamW:
-        """The torch optimiser over parameters with and without weight decay, moments allocated. Its learning rate is
-        0 until a step sets it."""
+        """The torch optimiser over parameters with and without weight decay; see `allocate_moments`. Its learning
+        rate is 0 until a step sets it."""
         groups = [
             {"params": list(decayed), "weight_decay": self.weight_decay},
             {"params": list(plain), "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
-        for parameter in (*decayed, *plain):
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-            }
-        return optimizer
+        return torch.optim.AdamW(groups, lr=0.0, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Give every parameter its moments before the first step, so that a checkpoint can be read into them."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS},
+        }
 
 
 def decays(network: nn.Module) -> dict[str, bool]:
@@ -57,8 +60,9 @@ def decays(network: nn.Module) -> dict[str, bool]:
     return {name: p.ndim >= 2 and id(p) not in embeddings for name, p in network.named_parameters()}
 
 
-def global_norm(parts: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device) -> float:
-    """2-norm of a vector whose parts lie on the ranks of `group`, each part on one rank. Summed in float64."""
+def global_norm(parts: Iterable[Tensor], group: dist.ProcessGroup | None, device: torch.device) -> float:
+    """2-norm of a vector whose parts lie on the ranks of `group` (None: all), each part on one rank. Summed in
+    float64."""
     parts = [part for part in parts if part.numel()]
     square = torch.zeros((), dtype=torch.float64, device=device)
     if parts:
