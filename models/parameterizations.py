@@ -60,9 +60,9 @@ class Velocity(Parameterization):
 class EDMPreconditioning(Parameterization):
     """F of D(x) = c_skip x + c_out F(c_in x), on paths with alpha = 1 (EDM, arXiv 2206.00364, table 1).
 
-    With s = sqrt(sigma^2 + sigma_data^2): c_skip = sigma_data^2 / s^2, c_out = sigma sigma_data / s, c_in = 1 / s, so that
-    F = (x_0 - c_skip x_t) / c_out = (sigma / sigma_data x_0 - sigma_data eps) / s. A mean squared error of F with weight 1
-    is EDM's loss, whose weight on the image's error is 1 / c_out^2.
+    With s = sqrt(sigma^2 + sigma_data^2): c_skip = sigma_data^2 / s^2, c_out = sigma sigma_data / s, c_in = 1 / s, so
+    that F = (x_0 - c_skip x_t) / c_out = (sigma / sigma_data x_0 - sigma_data eps) / s. A mean squared error of F with
+    weight 1 is EDM's loss, whose weight on the image's error is 1 / c_out^2.
 
     Args:
         sigma_data: standard deviation of the data: 0.5 in EDM and SD3's study, 1 in Stable Video Diffusion.

@@ -110,8 +110,9 @@ class Process:
     def start_time(self) -> Tensor:
         """The time from which sampling starts, float64 scalar.
 
-        It is 1 where noise and prediction there give an image. Where they do not (infinite noise under EDM; eps-prediction
-        on a path that ends at alpha = 0) it is the time at which the noise is 80 times the signal, EDM's sigma_max.
+        It is 1 where noise and prediction there give an image. Where they do not (infinite noise under EDM;
+        eps-prediction on a path that ends at alpha = 0) it is the time at which the noise is 80 times the signal, EDM's
+        sigma_max.
         """
         end = torch.ones((), dtype=torch.float64)
         alpha, sigma = self.alpha_sigma(end)

@@ -57,7 +57,7 @@ class RectifiedFlow(NoisePath):
 
 
 class Cosine(NoisePath):
-    """A quarter of the unit circle: alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol & Dhariwal, without offset)."""
+    """A quarter of the unit circle: alpha = cos(pi t / 2), sigma = sin(pi t / 2) (arXiv 2102.09672, without offset)."""
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = t * (math.pi / 2)

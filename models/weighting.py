@@ -27,8 +27,8 @@ class Unweighted(Weight):
 class MeasuredAs(Weight):
     """Measures the network's estimate as the squared error of another formulation's prediction at the same log-SNR.
 
-    The noise level fixes how the errors of two parameterizations relate, so this is a factor of t alone. It carries, for
-    instance, the loss of rectified flow over to a network with EDM's preconditioning ("edm/rf" in SD3's study).
+    The noise level fixes how the errors of two parameterizations relate, so this is a factor of t alone. It carries,
+    for instance, the loss of rectified flow over to a network with EDM's preconditioning ("edm/rf" in SD3's study).
 
     Args:
         path: the path on which the other formulation's prediction is defined.

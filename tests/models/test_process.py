@@ -237,11 +237,11 @@ def test_rectified_flow_is_the_weighting_t_over_one_minus_t():
 
 def test_a_density_of_times_multiplies_the_weighting():
     process = plain(RectifiedFlow(), Velocity(), LogitNormal(0.5, 0.6))
-    counts = torch.histc(process.sample_t(quantiles()), bins=50, min=0, max=1) / len(quantiles()) * 50
-    middles = (torch.arange(50, dtype=torch.float64) + 0.5)[5:45] / 50
+    counts = torch.histc(process.sample_t(quantiles()), bins=100, min=0, max=1) / len(quantiles()) * 100
+    middles = (torch.arange(100, dtype=torch.float64) + 0.5)[20:80] / 100
     density = torch.from_numpy(logit_normal_density(0.5, 0.6)(middles.numpy()))
     expected = middles / (1 - middles) * density
-    torch.testing.assert_close(noise_weight(process, middles, counts[5:45]), expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(noise_weight(process, middles, counts[20:80]), expected, rtol=0.02, atol=0)
 
 
 def test_cosine_weightings_are_sech_for_noise_and_exponential_for_v():
