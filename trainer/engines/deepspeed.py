@@ -122,6 +122,8 @@ class DeepSpeedEngine:
         (loss * dist.get_world_size()).backward()
         for zero in zeros:
             zero.end_backward()
+        for zero in self._all():
+            zero.release()
 
     def step(self, phase: Phase, lr: float) -> StepResult:
         zeros = self._zeros[phase.name]
@@ -237,6 +239,8 @@ class _Zero:
         )
         self.flats: list[Tensor] = self._flats()
         allocate_moments(self.zero.optimizer, self.flats)
+        if self.stage == 3:
+            _gather_for_every_backward(network)
         self.fragments = [self._fragment(n, p, shapes[n]) for n, p in parameters.items()]
         self._set_weights(ready, meta, seed)
         shared.cast_at_border(network, shared.compute_dtype(config.precision))
@@ -313,6 +317,12 @@ class _Zero:
         self.engine._backward_epilogue()
         self.engine._running_engine_backward = False
 
+    def release(self) -> None:
+        """Free whole weights that a backward pass through the network has left gathered: where modules ran twice or the
+        graph was walked twice, DeepSpeed loses count of when it is done with them."""
+        if self.stage == 3:
+            self.zero.parameter_offload.release_backward_leftovers()
+
     def gradients(self) -> list[Tensor]:
         """This rank's share of the reduced gradient, after the last pass; scaling it in place scales the step's."""
         if self._is_bf16:
@@ -353,6 +363,7 @@ class _Zero:
         if self.stage != 3:
             self.zero.update_lp_params()
             return
+        self.zero._partition_all_parameters()  # whole weights that may still be gathered are outdated
         for group in range(len(self.flats)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
 
@@ -374,6 +385,16 @@ class _Zero:
         if self.stage == 3:
             held.append(self.zero.grad_partitions_flat_buffer)
         return [gradient for gradient in held if gradient is not None]
+
+
+def _gather_for_every_backward(network: nn.Module) -> None:
+    """Let ZeRO-3 gather a module's weights whenever a backward pass comes to it.
+
+    It counts forward passes and gathers for so many backward passes only. But a graph may be walked more often than it
+    was built: once for each loss whose gradient at a last layer is asked for, and once more for the step.
+    """
+    for module in network.modules():
+        module.applied_pre_backward_ref_cnt = 1 << 60  # type: ignore[assignment]
 
 
 def _start_deepspeed(device: torch.device) -> None:
