@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.buckets import Buckets
+from data.buckets import Bucket, Buckets
 from data.compiled import Compiled, compile_sizes
 from data.dataset import Loader
 from data.decode import MAX_PIXELS
 from data.index import ensure_indexed
-from data.manifest import STRUCTURE, Checksum, Manifest, open_parquet
+from data.manifest import STRUCTURE, Checksum, Manifest, ManifestReader, open_parquet
 from data.plan import Plan, PlanSource
 from data.reader import ReaderSource, SliceReader
 from data.selection import Selection, Split, select
@@ -162,6 +162,27 @@ class TarSplit:
         self, data: TarData, buckets: Buckets, selections: dict[str, Selection], compiled: dict[str, Compiled]
     ) -> None:
         self.data, self.buckets, self.selections, self.compiled = data, buckets, selections, compiled
+
+    def shares(self) -> dict[Bucket, float]:
+        """The buckets that have samples and their shares of them, the commonest first."""
+        totals = sum(compiled.totals for compiled in self.compiled.values())
+        order = np.argsort(-totals, kind="stable")
+        return {self.buckets[i]: float(totals[i] / totals.sum()) for i in order.tolist() if totals[i]}
+
+    def captions(self, limit: int) -> list[str]:
+        """Captions of the split, at most `limit` of each source and evenly spread over it; empty ones are left out."""
+        found: list[str] = []
+        for name, selection in self.selections.items():
+            columns = list(self.data.sources[name].captions)
+            reader = ManifestReader(self.data.store, selection.manifests)
+            positions = np.linspace(0, len(selection) - 1, min(limit, len(selection))).astype(np.int64)
+            by_shard: dict[int, list[int]] = {}
+            for shard, row in selection.locate(positions):
+                by_shard.setdefault(shard, []).append(row)
+            for shard, rows in by_shard.items():
+                values = reader.rows(shard, rows, columns)
+                found += [caption for column in columns for caption in values[column] if caption]
+        return found
 
     def plan(self, lanes: int, slice_size: int, seed: int, start: int = 0) -> Plan:
         """The plan that begins at step `start`."""

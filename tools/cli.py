@@ -5,6 +5,7 @@ Heavy libraries are imported by the job that needs them, so that help and mistak
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -34,20 +35,36 @@ def usage() -> str:
     return USAGE.format(jobs="\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in JOBS.items()))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line. Exits with status 2 on a mistake of the user's, after one sentence on stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def main() -> None:
+    """The `millrace` command."""
+    code = execute(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's teardown: gloo's threads abort it now and then (pytorch #190489), and DuckDB's
+    # bindings print pages about leaks.
+    os._exit(code)
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit status: 0, or 2 after one sentence about the user's mistake on stderr.
+
+    Any other exception passes.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
-        return
-    job, overrides = arguments[0], arguments[1:]
+        return 0
+    job, overrides = arguments[0], list(arguments[1:])
     try:
         if job not in JOBS:
             raise ConfigError(f"There is no job {job!r}; the jobs are {', '.join(JOBS)}.")
         _run(job, overrides)
-    except ConfigError as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        # What users cause is a ValueError, what stores and disks cause an OSError; bugs raise these now and then too.
+        if not isinstance(error, ConfigError) and os.environ.get("MILLRACE_TRACEBACK", "") != "0":
+            traceback.print_exc()
         print(f"millrace: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
 
 
 def _run(job: str, overrides: list[str]) -> None:
@@ -57,11 +74,13 @@ def _run(job: str, overrides: list[str]) -> None:
         print(describe(job, JOBS[job][1]))
         return
     show = "--cfg" in overrides
-    config = compose(job, [o for o in overrides if o != "--cfg"])
+    # `millrace bench plan` is short for `millrace bench bench=plan`.
+    overrides = [f"{job}={o}" if o.isidentifier() else o for o in overrides if o != "--cfg"]
+    config = compose(job, overrides)
     if show:
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(config, resolve=True))
+        print(OmegaConf.to_yaml(config))
         return
 
     from conf.schema import check
@@ -73,13 +92,8 @@ def _run(job: str, overrides: list[str]) -> None:
 
     if wants_ranks(config):
         launch(job, overrides, config)
-        return
-    module.run(config)
-    sys.stdout.flush()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from trainer.distributed import leave
-
-        leave()
+    else:
+        module.run(config)
 
 
 if __name__ == "__main__":

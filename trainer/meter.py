@@ -23,25 +23,18 @@ class Meter:
             `grad_norm`; those of others under `<phase>/`.
         global_batch: samples in a step.
         device: of this rank.
-        flops_per_sample: counted FLOPs of training on one sample; None where they are not known.
-        peak_flops: of all ranks' devices together, FLOP/s; None where it is not known.
     """
 
-    def __init__(
-        self,
-        phases: tuple[Phase, ...],
-        global_batch: int,
-        device: torch.device,
-        flops_per_sample: float | None = None,
-        peak_flops: float | None = None,
-    ):
+    def __init__(self, phases: tuple[Phase, ...], global_batch: int, device: torch.device):
         self.phases = phases
         self.global_batch = global_batch
         self.device = device
-        self.flops_per_sample = flops_per_sample
-        self.peak_flops = peak_flops
+        self.flops_per_sample: float | None = None
+        """Counted FLOPs of training on one sample; None where they are not known, and `mfu` is left out."""
+        self.peak_flops: float | None = None
+        """Of all ranks' devices together, FLOP/s; None where it is not known."""
         self.skipped_in_all = 0
-        self._clear()
+        self.restart()
 
     def add_losses(self, phase: Phase, losses: Losses) -> None:
         """Add a pass's losses."""
@@ -93,8 +86,19 @@ class Meter:
         }
         if self.flops_per_sample and self.peak_flops:
             row["mfu"] = rate * self.flops_per_sample / self.peak_flops
-        self._clear()
+        self.restart()
         return row
+
+    def restart(self) -> None:
+        """Forget everything since the last row; the clock starts now."""
+        self._sums: dict[str, float | Tensor] = defaultdict(float)
+        self._counts: dict[str, int | Tensor] = defaultdict(int)
+        self._norms: dict[str, list[float]] = defaultdict(list)
+        self._last: dict[str, float] = {}
+        self._skipped = 0
+        self._steps = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
 
     def pause(self) -> "Pause":
         """Around validation, sampling and checkpoints: time that does not count as training."""
@@ -116,15 +120,6 @@ class Meter:
             self._sums[f"{name}/{i}"] = self._sums[f"{name}/{i}"] + sums[i]
             self._counts[f"{name}/{i}"] = self._counts[f"{name}/{i}"] + counts[i]
 
-    def _clear(self) -> None:
-        self._sums: dict[str, float | Tensor] = defaultdict(float)
-        self._counts: dict[str, int | Tensor] = defaultdict(int)
-        self._norms: dict[str, list[float]] = defaultdict(list)
-        self._last: dict[str, float] = {}
-        self._skipped = 0
-        self._steps = 0
-        self._waited = 0.0
-        self._since = time.perf_counter()
 
 
 class Pause:

@@ -32,14 +32,12 @@ class RunDirectory:
         self.config.write_text(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True))
 
     def rewind(self, step: int) -> None:
-        """Drop what an interrupted run wrote beyond the step that it resumes from, so that no step stands twice."""
-        # A row of metrics counts steps taken; keys and quarantine name the step (from 0) that read the sample.
-        for path, last in ((self.metrics, step), (self.keys, step - 1), (self.quarantine, step - 1)):
-            if path.exists():
-                kept = [line for line, row in _rows(path) if row.get("step", 0) <= last]
-                scratch = path.with_suffix(".tmp")
-                scratch.write_text("".join(kept))
-                scratch.replace(path)
+        """Drop the metrics that an interrupted run wrote beyond the step that it resumes from: no step stands twice."""
+        if self.metrics.exists():
+            kept = [line for line, row in _rows(self.metrics) if row.get("step", 0) <= step]
+            scratch = self.metrics.with_suffix(".tmp")
+            scratch.write_text("".join(kept))
+            scratch.replace(self.metrics)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ class Tracker:
             self._bar.close()
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _start_wandb(directory: RunDirectory, config: dict[str, Any], settings: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from data.batch import Batch
+from data.buckets import Bucket
 
 Scope = Literal["sample", "slice", "global"]
 
@@ -54,3 +55,8 @@ class Objective(ABC):
     @abstractmethod
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         """Losses of one pass of `phase`. Draws every random number from `batch.draws`."""
+
+    def flops(self, networks: Mapping[str, nn.Module], shape: Bucket) -> float:
+        """FLOPs that training takes for one sample of a shape, as MFU counts them: those of the formulas, not what is
+        computed anew under activation checkpointing. 0 where they are not counted."""
+        return 0.0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
+from data.buckets import Bucket
 from models.process import Process
 from trainer.objectives.base import Losses, Objective, Phase
 
@@ -45,13 +46,19 @@ class Diffusion(Objective):
         error = (prediction.float() - self.process.target(x0, noise, t)).square().flatten(1).mean(1)
         return Losses(per_sample=self.process.loss_weight(t) * error, t=t.detach())
 
+    def flops(self, networks: Mapping[str, nn.Module], shape: Bucket) -> float:
+        """Forward and backward of the denoiser, three times its forward pass; encoders are not counted."""
+        _, height, width = networks["first_stage"].latent_shape(shape.height, shape.width)  # type: ignore[operator]
+        length: int = networks["conditioner"].context_length  # type: ignore[assignment]
+        return 3.0 * networks["denoiser"].flops(height, width, length)  # type: ignore[operator]
+
     def conditions(self, conditioner: nn.Module, batch: Batch, dropout: bool = True) -> Mapping[str, Tensor]:
         """The captions' encodings, each encoder's dropped at random unless `dropout` is False."""
         encoders: int = conditioner.encoders  # type: ignore[assignment]
         keep = torch.ones(len(batch), encoders, dtype=torch.bool)
         if dropout:
             keep = batch.draws.uniform("caption dropout", (encoders,)) >= torch.tensor(self._rates(encoders))
-        return conditioner.encode(batch.captions, keep)  # type: ignore[operator]
+        return conditioner(batch.captions, keep)
 
     def _rates(self, encoders: int) -> Sequence[float]:
         if isinstance(self.caption_dropout, list):

@@ -1,0 +1,67 @@
+"""A pass over every shape before the first step, without an update.
+
+Running out of memory, or compiling too often, shows in the first minute and not on the first day.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from data.batch import Batch
+from data.buckets import Bucket
+from data.draws import slice_draws
+from trainer.engines.base import Engine
+from trainer.objectives.base import Objective
+
+log = logging.getLogger(__name__)
+
+# The "step" of draws that belong to no training step.
+REHEARSAL_STEP = -3
+
+
+def rehearse(
+    objective: Objective,
+    engine: Engine,
+    buckets: Sequence[Bucket],
+    slice_size: int,
+    slices: int,
+    arrange: Callable[[list[Batch]], list[Batch]],
+) -> None:
+    """Forward and backward through all phases at each shape; collective. Gradients are dropped.
+
+    Args:
+        buckets: shapes that occur in the run.
+        slice_size: samples in a slice.
+        slices: that a rank serves in a step; as many as one pass takes are rehearsed.
+        arrange: slices to passes, as in training.
+
+    Raises:
+        RuntimeError: a shape does not fit into memory, or compiles too often; names the shape.
+    """
+    for bucket in buckets:
+        first = arrange([blank(bucket, slice_size, lane).to(engine.device) for lane in range(slices)])[0]
+        for phase in objective.phases:
+            try:
+                with engine.accumulating(phase, last=True):
+                    losses = objective.losses(phase, engine.networks, first)
+                    engine.backward(phase, losses.per_sample.sum() / len(first))
+            except torch.cuda.OutOfMemoryError as error:
+                raise RuntimeError(
+                    f"a pass of {len(first)} samples of {bucket} does not fit into this GPU's memory: lower pass_size,"
+                    " or turn on engine.activation_checkpointing"
+                ) from error
+            engine.discard(phase)
+    log.info("rehearsed %d shapes", len(buckets))
+
+
+def blank(bucket: Bucket, size: int, lane: int = 0) -> Batch:
+    """Black pictures without captions, in a bucket's shape."""
+    return Batch(
+        draws=slice_draws(0, REHEARSAL_STEP, lane, size),
+        keys=[""] * size,
+        captions=[""] * size,
+        images=torch.zeros(size, 3, bucket.height, bucket.width, dtype=torch.uint8),
+        original_size=torch.tensor([[bucket.height, bucket.width]] * size),
+        crop=torch.zeros(size, 2, dtype=torch.int64),
+    )

@@ -1,0 +1,64 @@
+"""Sample grids of a run, always of the same prompts and noise, so that two of them can be compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data.tars import TarSplit
+from models.guidance import Guidance
+from models.process import Process
+from models.samplers import Sampler
+from trainer.callbacks import averaged
+from trainer.distributed import is_main
+from trainer.ema import Ema
+from trainer.engines.base import Engine
+from trainer.run_directory import RunDirectory
+from trainer.sampling import Picture, draw, grid, save_png
+from trainer.tracking import Tracker
+
+# Sheets of tiny pictures are enlarged to about this height per picture.
+_SHOWN_HEIGHT = 128
+
+
+@dataclass
+class SampleGrid:
+    """Draws `samples/step_00000500.png`.
+
+    Args:
+        pictures: what to draw.
+        process: of the run.
+        sampler, guidance: how to draw.
+        directory: of the run.
+        tracker: shows the sheet in W&B.
+    """
+
+    pictures: Sequence[Picture]
+    process: Process
+    sampler: Sampler
+    guidance: Guidance
+    directory: RunDirectory
+    tracker: Tracker
+
+    def __call__(self, engine: Engine, ema: Ema, length: str | None, step: int) -> None:
+        """Draw and write the sheet; collective.
+
+        Args:
+            length: the average whose weights to draw from; None takes the weights themselves.
+            step: steps taken.
+        """
+        with averaged(ema, length):
+            images = draw(engine.networks, self.process, self.sampler, self.guidance, self.pictures, engine.device)
+        if is_main():
+            path = self.directory.samples / f"step_{step:08d}.png"
+            metadata = {"prompts": [p.prompt for p in self.pictures], "seeds": [p.seed for p in self.pictures]}
+            save_png(grid(images), path, metadata | {"step": step}, max(1, round(_SHOWN_HEIGHT / images[0].shape[1])))
+            self.tracker.log_image("samples", path, step)
+
+
+def pictures_for(prompts: Sequence[str], count: int, split: TarSplit) -> list[Picture]:
+    """What a run's grids show: each prompt at the split's commonest size, or else the captions and sizes of samples."""
+    if prompts:
+        shape = next(iter(split.shares()))
+        return [Picture(prompt, seed, shape.height, shape.width) for seed, prompt in enumerate(prompts)]
+    plan = split.plan(lanes=count, slice_size=1, seed=0)
+    batches = split.loader(plan, range(count), workers=0).step(0)
+    return [Picture(batch.captions[0], seed, *batch.target_size) for seed, batch in enumerate(batches)]

@@ -1,0 +1,223 @@
+"""The `train` job: from a config to a trained, checkpointed, resumable run."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from conf.schema import build
+from data.plan import lanes_of, split_batch
+from data.records import RecordWriter
+from trainer.callbacks import Every, Log, UpdateEma
+from trainer.distributed import World, barrier, joined
+from trainer.hardware import peak_flops
+from trainer.init_from import InitFrom
+from trainer.loop import Run, fit
+from trainer.meter import Meter
+from trainer.networks import build_networks
+from trainer.passes import Passes
+from trainer.rehearsal import rehearse
+from trainer.report import write_report
+from trainer.run_directory import RunDirectory
+from trainer.samples import SampleGrid, pictures_for
+from trainer.serving import Serving
+from trainer.signals import StopSignal
+from trainer.state import RunState
+from trainer.tracking import Tracker
+from trainer.validation import Validation, validation_batches
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class LogConfig:
+    """`log` of conf/train.yaml."""
+
+    every: int
+    wandb: dict[str, Any] | None
+    peak_flops: float | None
+
+
+@dataclass
+class ValidationConfig:
+    """`validation` of conf/train.yaml."""
+
+    every: int | None
+    samples: int
+    times: int
+    ema: str | None
+
+
+@dataclass
+class SamplesConfig:
+    """`samples` of conf/train.yaml."""
+
+    every: int | None
+    prompts: list[str]
+    count: int
+    ema: str | None
+
+
+@dataclass
+class Config:
+    """conf/train.yaml, whose comments explain the keys. `Any` stands for an object that a `_target_` describes."""
+
+    model: Any
+    first_stage: Any
+    conditioner: Any
+    process: Any
+    objective: Any
+    data: Any
+    buckets: Any
+    optimizer: Any
+    schedule: Any
+    engine: Any
+    ema: Any
+    checkpoint: Any
+    sampler: Any
+    guidance: Any
+    cluster: dict[str, Any]
+    name: str
+    runs: str
+    seed: int
+    steps: int
+    batch: int
+    lanes: int | None
+    pass_size: int | None
+    device: str
+    deterministic: bool
+    threads: int | None
+    init_from: str | dict[str, Any] | None
+    dry_run: bool
+    rehearse: bool
+    patience: int
+    log: LogConfig
+    validation: ValidationConfig
+    samples: SamplesConfig
+
+
+def run(config: Any) -> None:
+    """Train, or go on training, the run of this config."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        # cuBLAS reads this at its first call; see torch's notes on reproducibility.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with joined(config.device) as world:
+        train(config, world)
+
+
+def train(config: Any, world: World) -> None:
+    """The run of this config, as one of the world's ranks."""
+    directory = RunDirectory(config.runs, config.name)
+    plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+
+    # Data: what each slice holds, and which of them this rank serves.
+    data, buckets = build(config.data), build(config.buckets)
+    split = data.open(buckets)
+    lanes, slice_size = split_batch(config.batch, config.lanes)
+    mine = lanes_of(world.rank, world.size, lanes)
+
+    # Networks, on an engine.
+    objective = build(config.objective)
+    networks = build_networks(config, split, world)
+    optimizers = {phase.name: build(config.optimizer) for phase in objective.phases}
+    engine = build(config.engine).build(networks, objective.phases, optimizers, config.seed, world.device)
+    ema = build(config.ema)
+    ema.attach(engine)
+
+    # Where to go on from.
+    policy = build(config.checkpoint)
+    state = RunState(
+        engine,
+        ema,
+        policy.build(directory.checkpoints),
+        lambda start: split.plan(lanes, slice_size, config.seed, start),
+        plain,
+        data.replan,
+    )
+    if not state.restore() and config.init_from is not None:
+        source = {"path": config.init_from} if isinstance(config.init_from, str) else config.init_from
+        for report in InitFrom(**source).apply(engine):
+            log.info("%s", report)
+        ema.attach(engine)
+    if world.is_main:
+        directory.write_config(plain)
+        directory.rewind(state.step)
+    barrier()
+
+    # What happens between steps.
+    meter = Meter(objective.phases, config.batch, world.device)
+    tracker = Tracker(directory, plain, config.steps, state.step, config.log.wandb, world.is_main)
+    on_gpu = world.device.type == "cuda"
+    serving = Serving(
+        split.loader(state.segments.plan, mine, pin_memory=on_gpu),
+        RecordWriter(directory.path, state.step) if world.is_main else None,
+        meter,
+        world.device,
+    )
+    held_out = data.open(buckets, "validation") if data.holdout else None
+
+    def save(step: int) -> None:
+        serving.flush(step)
+        state.save(step)
+
+    logging_ = Log(meter, tracker, config.steps, config.log.every)
+    callbacks = [UpdateEma(ema), logging_, Every(serving.flush, config.log.every, config.steps, meter)]
+    if held_out is not None and config.validation.every is not None:
+        batches = validation_batches(held_out, config.validation.samples, slice_size, world.rank, world.size)
+        validation = Validation(batches, config.validation.times)
+        logging_.validate_every = config.validation.every
+        logging_.validate = lambda: validation(objective, engine, ema, config.validation.ema)
+    if config.samples.every is not None:
+        pictures = pictures_for(config.samples.prompts, config.samples.count, held_out or split)
+        sampler, guidance = build(config.sampler), build(config.guidance)
+        grid = SampleGrid(pictures, objective.process, sampler, guidance, directory, tracker)
+        callbacks.append(
+            Every(lambda step: grid(engine, ema, config.samples.ema, step), config.samples.every, config.steps, meter)
+        )
+    callbacks.append(Every(save, policy.every, config.steps, meter))
+
+    # The loop.
+    shares = split.shares()
+    shapes = list(shares)
+    arrange = Passes(config.pass_size, slice_size, len(mine), len(shapes), objective.scope)
+    if config.rehearse:
+        rehearse(objective, engine, shapes, slice_size, len(mine), arrange)
+    meter.flops_per_sample = sum(share * objective.flops(networks, shape) for shape, share in shares.items())
+    peak = config.log.peak_flops or peak_flops(world.device)
+    meter.peak_flops = peak * world.size if peak else None
+    schedule = build(config.schedule)
+    stopping = StopSignal(world.device)
+    loop = Run(
+        objective=objective,
+        engine=engine,
+        loader=serving,
+        steps=config.steps,
+        global_batch=config.batch,
+        arrange=arrange,
+        learning_rate=lambda step: schedule.at(step, config.steps),
+        meter=meter,
+        callbacks=callbacks,
+        patience=config.patience,
+        roll_back=state.roll_back,
+        stopping=stopping,
+        skipped_steps=state.skipped,
+    )
+    meter.restart()
+    taken = fit(loop, state.step)
+
+    # The end: of the run, or of this visit to it.
+    if taken > state.step:
+        save(taken)
+    state.checkpointer.wait()
+    stopping.restore()
+    serving.close()
+    tracker.close()
+    if world.is_main:
+        log.info("%d of %d steps taken; report: %s", taken, config.steps, write_report(directory))
