@@ -110,15 +110,21 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _missing_members(samples: list[Sample[_Detail]]) -> list[Problem]:
-    """Samples that lack an extension that more than half of the shard's samples have."""
-    counts = Counter(extension for sample in samples for extension in sample.members)
-    usual = {extension for extension, count in counts.items() if 2 * count > len(samples)}
+    """Samples that lack what more than half of the shard's samples have; one kind of picture is as good as another."""
+    kinds = [{_kind(extension) for extension in sample.members} for sample in samples]
+    counts = Counter(kind for own in kinds for kind in own)
+    usual = {kind for kind, count in counts.items() if 2 * count > len(samples)}
     problems = []
-    for sample in samples:
-        if missing := sorted(usual - sample.members.keys()):
+    for sample, own in zip(samples, kinds, strict=True):
+        if missing := sorted(usual - own):
             detail = f"{sample.key!r} has no {', '.join(missing)}, unlike most samples of the shard"
             problems.append(Problem("missing member", detail, sample.key, next(iter(sample.members.values())).offset))
     return problems
+
+
+def _kind(extension: str) -> str:
+    media = media_member([extension])
+    return extension if media is None or "." in extension else media[1]
 
 
 def _table(samples: list[Sample[_Detail]], checksum: Checksum | None) -> pa.Table:

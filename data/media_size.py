@@ -192,6 +192,7 @@ def _other(file: RangedFile) -> tuple[int, int] | None:
     file.seek(0)
     try:
         with Image.open(cast(IO[bytes], file), formats=_OTHER_FORMATS) as image:
-            return _upright(*image.size, image.getexif().get(0x0112, 1))
+            # Pillow has already swapped a TIFF's sides when it opens it.
+            return image.size if image.format == "TIFF" else _upright(*image.size, image.getexif().get(0x0112, 1))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
         return None
