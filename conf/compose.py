@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.errors import ConfigError
 
 ROOT = Path(__file__).parent
+# Mappings whose keys are the user's own names.
+_OPEN = ("data.sources.", "data.storage_options.", "ema.lengths.", "log.wandb.")
 
 
 def compose(job: str, overrides: list[str]) -> DictConfig:
@@ -26,6 +28,7 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown key, group or choice, an override that does not parse, or an interpolation that fails.
     """
+    overrides = [_opened(override) for override in overrides]
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             config = hydra_compose(job, overrides=overrides)
@@ -43,6 +46,15 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
     if missing:
         raise ConfigError(f"{missing[0]!r} must be given: add {missing[0]}=<value> to the command.")
     return config
+
+
+def _opened(override: str) -> str:
+    """The override, once it parses; one under a mapping whose names are the user's may also add (Hydra's ++)."""
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise ConfigError(f"{override!r} is no override, which looks like key=value: {_first_line(error)}.") from error
+    return f"++{override}" if override.startswith(_OPEN) else override
 
 
 def describe(job: str, purpose: str) -> str:

@@ -97,7 +97,7 @@ class TarData:
         concurrency: int = 16,
     ) -> None:
         if not sources:
-            raise ValueError("no data: name a source and its tars, e.g. +data.sources.photos.shards=/data/photos")
+            raise ValueError("no data: name a source and its tars, e.g. data.sources.photos.shards=/data/photos")
         self.sources = {name: _source(name, given) for name, given in sources.items()}
         self.holdout, self.workers, self.prefetch = holdout, workers, prefetch
         self.crop, self.flip, self.max_pixels = crop, flip, max_pixels

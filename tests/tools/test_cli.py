@@ -1,0 +1,95 @@
+"""The command line: help, mistakes in one sentence, ranks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conf.compose import compose
+from conf.errors import ConfigError
+from conf.schema import check
+from tools import cli
+
+
+def one_sentence(capsys, *arguments: str) -> str:
+    """What a wrong command line prints: one line on stderr, and status 2."""
+    assert cli.execute(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_help_lists_the_jobs(capsys):
+    assert cli.execute(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(job in printed for job in cli.JOBS)
+
+
+@pytest.mark.parametrize("job", sorted(cli.JOBS))
+def test_help_of_a_job_shows_its_keys_and_choices(job, capsys):
+    assert cli.execute([job, "--help"]) == 0
+    assert f"conf/{job}.yaml" in capsys.readouterr().out
+
+
+def test_help_of_train_names_groups_and_choices(capsys):
+    cli.execute(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert "engine" in printed and "deepspeed, fsdp, hsdp" in printed and "global" not in printed.split("groups")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["trian"], ["'trian'", "train"]),
+        (["train", "stpes=3"], ["'stpes'", "did you mean 'steps'"]),
+        (["train", "model.num_layer=3"], ["'model.num_layer'", "model.num_layers"]),
+        (["train", "engine=fdsp"], ["'engine'", "'fdsp'", "fsdp"]),
+        (["train", "experiment=nowhere"], ["experiment", "nowhere"]),
+        (["train", "steps=many"], ["steps", "'many'", "integer"]),
+        (["train", "model.num_layers=three"], ["model.num_layers", "'three'", "integer"]),
+        (["train", "+model.depth=3"], ["'model.depth'", "MMDiT"]),
+        (["train", "process.density._target_=models.densities.Nowhere"], ["process.density._target_", "Nowhere"]),
+        (["train", "engine.precision=fp7"], ["engine.precision", "fp7"]),
+        (["train", "log.every=often"], ["log", "every"]),
+        (["train", "steps=[1"], ["steps=[1"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_it(arguments, named, capsys):
+    sentence = one_sentence(capsys, *arguments)
+    for part in named:
+        assert part in sentence
+
+
+def test_tiny_shrinks_by_class_below_the_command_line():
+    tiny = compose("train", ["model=sd35_medium", "scale=tiny"])
+    assert tiny.model.num_layers < 24
+    own = compose("train", ["model=sd35_medium", "scale=tiny", "model.num_layers=7", "model.dual_attention_layers=[6]"])
+    assert own.model.num_layers == 7
+    assert own.model.attention_head_dim == tiny.model.attention_head_dim
+
+
+def test_a_target_that_hydra_would_build_is_checked_before():
+    from trainer.train import Config
+
+    config = compose("train", [])
+    check(config, Config)
+    del config.checkpoint
+    with pytest.raises(ConfigError, match="'checkpoint' is missing"):
+        check(config, Config)
+
+
+def test_works_from_any_folder_even_one_with_our_packages_names(tmp_path):
+    for name in ("data", "models", "tools"):
+        (tmp_path / name).mkdir()
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "tools.cli", "train", "--cfg", "steps=7"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        check=True,
+    )
+    assert "steps: 7" in result.stdout
