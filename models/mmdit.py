@@ -97,7 +97,7 @@ class MMDiT(nn.Module):
         }
         self.patch_size, self.in_channels, self.out_channels = patch_size, in_channels, out_channels or in_channels
 
-        self.patch_embedding = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.patch_embedding = PatchEmbedding(in_channels, width, patch_size)
         self.positions: PositionTable | LearnedPositionTable
         if learned_positions:
             self.positions = LearnedPositionTable(pos_embed_max_size, width)
@@ -134,8 +134,7 @@ class MMDiT(nn.Module):
         dtype = self.text_embedding.weight.dtype
         rows, columns = self._grid(*x.shape[-2:])
 
-        image = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2)
-        image = image + self.positions(rows, columns).to(dtype)
+        image = self.patch_embedding(x.to(dtype)) + self.positions(rows, columns).to(dtype)
         text = self.text_embedding(context.to(dtype))
         vector = self.time_embedding(sinusoid(timestep)) + self.pooled_embedding(pooled)
         vector = F.silu(vector).to(dtype)  # every modulation begins with this SiLU
@@ -250,7 +249,7 @@ class Block(nn.Module):
         if self.dual is not None:
             dual_shift, dual_scale, dual_gate = image_modulation[4:]
             dual = self.dual.output(attend(*self.dual.project(modulate(normed, dual_shift, dual_scale))))
-            image = torch.addcmul(image, dual_gate, dual)
+            image = gated(image, dual_gate, dual)
         image = self.image.finish(image, image_attended, *image_modulation[:4])
         if not self.last:
             text = self.text.finish(text, text_attended, *text_modulation)
@@ -289,8 +288,8 @@ class Stream(nn.Module):
     ) -> Tensor:
         """The two residual branches: x and attended are (n, tokens, D), the rest (n, 1, D)."""
         assert self.mlp is not None, "this stream ends at the attention"
-        x = torch.addcmul(x, gate, self.attention.output(attended))
-        return torch.addcmul(x, mlp_gate, self.mlp(modulate(normalize(x), shift, scale)))
+        x = gated(x, gate, self.attention.output(attended))
+        return gated(x, mlp_gate, self.mlp(modulate(normalize(x), shift, scale)))
 
 
 class Attention(nn.Module):
@@ -349,6 +348,20 @@ class Float32Linear(nn.Linear):
         """(..., in_features) to (..., out_features) float32."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose stride is its kernel, computed as what it is: one matrix product over patches."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, H, W) to (n, T, D), row by row."""
+        n, channels, height, width = x.shape
+        p = self.kernel_size[0]
+        patches = x.view(n, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(n, -1, channels * p * p), self.weight.flatten(1), self.bias)
 
 
 class PositionTable(nn.Module):
@@ -418,8 +431,13 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normed * (1 + scale) + shift, in one pass over the tokens; shift and scale are (n, 1, D)."""
-    return torch.addcmul(shift, normed, 1 + scale)
+    """normed * (1 + scale) + shift, with shift and scale of (n, 1, D)."""
+    return (normed * (1 + scale)).add_(shift)
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate * branch, with a gate of (n, 1, D)."""
+    return (gate * branch).add_(x)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
