@@ -142,6 +142,10 @@ class FSDPEngine:
             network.init_buffers()  # type: ignore[operator]
         for buffer in network.buffers():
             buffer.data = buffer.data.to(self.device)
+        assert isinstance(network, FSDPModule)
+        # FSDP2 notes the gradient's type at its first forward pass, from the parameters that require gradients then. That
+        # pass may belong to another phase, which has frozen them: let it take note now.
+        network._get_fsdp_state()._lazy_init()
         shared.cast_at_border(network, dtype)
 
     def _add_optimizer(self, phase: Phase, config: AdamW) -> None:
@@ -164,6 +168,8 @@ class FSDPEngine:
     @contextlib.contextmanager
     def accumulating(self, phase: Phase, last: bool) -> Iterator[None]:
         if phase is not self._active:
+            # First of all: while weights are gathered, a network shows those as its parameters, not the shards.
+            self._drop_gathered(self._trainable)
             shared.set_trainable(self.networks, self._phases, phase)
             self._active = phase
         for name in phase.trainable:
