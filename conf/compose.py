@@ -112,6 +112,8 @@ def _sentence(job: str, error: Exception) -> str:
             return f"Group {group!r} has no choice {choice!r}{_nearest(choice, options)}; it has {', '.join(options)}."
         return f"There is no config {wanted!r}."
     key = re.search(r"Could not override '([^']+)'", text)
+    if key and "in the defaults list" in text:
+        return f"{job!r} has no group {key.group(1)!r} to choose (millrace {job} --help lists them)."
     if key and isinstance(error, ConfigCompositionException):
         group, _, choice = key.group(1).partition("@")
         return f"{job!r} has no key {key.group(1)!r}{_near_key(job, key.group(1))} (millrace {job} --help lists them)."

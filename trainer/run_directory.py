@@ -26,10 +26,10 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Write the composed config, without any secret."""
+        """Write the composed config, whose secrets are masked."""
         import yaml
 
-        self.config.write_text(yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True))
+        self.config.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def rewind(self, step: int) -> None:
         """Drop the metrics that an interrupted run wrote beyond the step that it resumes from: no step stands twice."""

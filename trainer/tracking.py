@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.run_directory import RunDirectory, without_secrets
+from trainer.run_directory import RunDirectory
 
 
 class Tracker:
@@ -43,7 +43,7 @@ class Tracker:
         self._file = directory.metrics.open("a", buffering=1)
         self._bar = tqdm(total=steps, initial=start, desc=directory.path.name, unit="step", dynamic_ncols=True)
         if wandb is not None:
-            self._wandb = _start_wandb(directory, without_secrets(config), wandb)
+            self._wandb = _start_wandb(directory, config, wandb)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step` steps taken."""

@@ -21,7 +21,7 @@ from trainer.networks import build_networks
 from trainer.passes import Passes
 from trainer.rehearsal import rehearse
 from trainer.report import write_report
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import RunDirectory, without_secrets
 from trainer.samples import SampleGrid, pictures_for
 from trainer.serving import Serving
 from trainer.signals import StopSignal
@@ -115,7 +115,7 @@ def run(config: Any) -> None:
 def train(config: Any, world: World) -> None:
     """The run of this config, as one of the world's ranks."""
     directory = RunDirectory(config.runs, config.name)
-    plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    plain: dict[str, Any] = without_secrets(OmegaConf.to_container(config))
 
     # Data: what each slice holds, and which of them this rank serves.
     data, buckets = build(config.data), build(config.buckets)

@@ -1,0 +1,64 @@
+"""The `sample` job: pictures of prompts, from a run or a diffusers pipeline."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from conf.errors import ConfigError
+from conf.schema import build
+from trainer.distributed import joined
+from trainer.engines.networks import prepare_frozen
+from trainer.loading import load_model
+from trainer.sampling import Picture, draw, grid, save_png
+
+
+@dataclass
+class Config:
+    """conf/sample.yaml, whose comments explain the keys."""
+
+    sampler: Any
+    guidance: Any
+    cluster: dict[str, Any]
+    source: str
+    prompts: list[str]
+    prompts_file: str | None
+    each: int
+    seed: int
+    height: int | None
+    width: int | None
+    ema: str
+    batch: int
+    device: str
+    precision: Literal["fp32", "bf16"]
+    out: str
+    name: str
+    runs: str
+
+
+def run(config: Any) -> None:
+    """Draw every prompt; write `<out>/<number>.png` and `<out>/grid.png`, each with its prompts and seeds inside."""
+    prompts = list(config.prompts)
+    if config.prompts_file:
+        prompts += [line.strip() for line in Path(config.prompts_file).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("there is nothing to draw: give prompts=['a red circle'] or prompts_file=<a prompt a line>.")
+    loaded = load_model(config.source, config.ema)
+    height, width = config.height or loaded.size[0], config.width or loaded.size[1]
+    pictures = [Picture(p, config.seed + i, height, width) for p in prompts for i in range(config.each)]
+    sampler = build(config.sampler)
+    with joined(config.device) as world:
+        for network in loaded.networks.values():
+            prepare_frozen(network, False, config.precision, config.seed, world.device)
+        images = draw(
+            loaded.networks, loaded.process, sampler, build(config.guidance), pictures, world.device, config.batch
+        )
+        if not world.is_main:
+            return
+        out = Path(config.out)
+        shared = {"source": loaded.source, "sampler": type(sampler).__name__, "steps": sampler.steps}
+        shared["guidance"] = config.guidance.scale
+        for number, (picture, image) in enumerate(zip(pictures, images, strict=True)):
+            save_png(image, out / f"{number:05d}.png", {"prompt": picture.prompt, "seed": picture.seed, **shared})
+        metadata = {"prompts": [p.prompt for p in pictures], "seeds": [p.seed for p in pictures], **shared}
+        save_png(grid(images), out / "grid.png", metadata)
+        print(f"{len(images)} pictures and grid.png in {out}")
