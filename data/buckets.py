@@ -129,8 +129,6 @@ class ConstantArea(Buckets):
             long = resolution**2 // short // step * step
             if long > max_aspect * short:
                 break
-            # Near the square, shrinking one side may not yet let the other grow: such a shape only wastes area.
-            if long > shapes[-1].width:
-                shapes += [Bucket(long, short), Bucket(short, long)]
+            shapes += [Bucket(long, short), Bucket(short, long)]
         shapes.sort(key=lambda shape: shape.aspect)
         super().__init__(shapes)

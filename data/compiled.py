@@ -11,20 +11,15 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.buckets import Buckets
 
-if TYPE_CHECKING:
-    from data.selection import Selection
-
 PADDING = 255
 """The bucket of the places that fill up the last block."""
 
 _FORMAT = 1
-_CHUNK_ROWS = 1 << 20
 _META = "compiled.json"
 
 
@@ -95,34 +90,6 @@ def compile_sizes(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return _open(target, rows, buckets, fingerprint)
-
-
-def compile_selection(
-    selection: "Selection", buckets: Buckets, block: int = 256, folder: Path | str | None = None
-) -> Compiled:
-    """Compile a selection, as `compile_sizes` does; by default into the selection's own folder."""
-    rows = len(selection)
-    sizes = (
-        (selection.width[start : start + _CHUNK_ROWS], selection.height[start : start + _CHUNK_ROWS])
-        for start in range(0, rows, _CHUNK_ROWS)
-    )
-    return compile_sizes(sizes, rows, buckets, folder or selection.folder, selection.fingerprint, block)
-
-
-def compile_arrays(
-    width: np.ndarray, height: np.ndarray, buckets: Buckets, selection: str, block: int = 256
-) -> Compiled:
-    """Compile (n,) widths and heights in memory, without a cache."""
-    with tempfile.TemporaryDirectory(prefix="millrace-compiled-") as folder:
-        mapped = compile_sizes([(width, height)], len(width), buckets, folder, selection, block)
-        return Compiled(
-            rows=mapped.rows,
-            bucket=np.array(mapped.bucket),
-            histogram=np.array(mapped.histogram),
-            totals=mapped.totals,
-            buckets=buckets,
-            fingerprint=mapped.fingerprint,
-        )
 
 
 def _open(folder: Path, rows: int, buckets: Buckets, fingerprint: str) -> Compiled:

@@ -269,8 +269,8 @@ class SourceStream:
 
     def epoch_of(self, slot: int) -> int:
         """The epoch that owns the slot: the last one that begins at or before it."""
-        # G_e > e * N / m - buckets, so an epoch beyond this one begins after the slot.
-        limit = (slot + len(self._totals)) * self.size // self.compiled.rows + 1
+        # G_e > e * N / m - buckets, so an epoch beyond the limit begins after the slot.
+        limit = (slot + len(self._totals)) * self.size // self.compiled.rows
         return bisect.bisect_right(range(limit + 1), slot, key=self.first_slot) - 1
 
     def _carry(self, epoch: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.buckets import BucketList, Square
-from data.compiled import PADDING, compile_arrays, compile_sizes
+from data.compiled import PADDING, compile_sizes
 
 BUCKETS = BucketList([[64, 64], [32, 128], [128, 32]])
 
@@ -45,8 +45,6 @@ def test_a_compiled_selection_is_read_back_without_its_sizes(tmp_path):
     again = compile_sizes(untouched(), 500, BUCKETS, tmp_path, "selection")
     assert again.fingerprint == first.fingerprint
     assert np.array_equal(again.bucket, first.bucket) and np.array_equal(again.histogram, first.histogram)
-    in_memory = compile_arrays(width, height, BUCKETS, "selection")
-    assert in_memory.fingerprint == first.fingerprint and np.array_equal(in_memory.bucket, first.bucket)
 
 
 def test_the_fingerprint_follows_rows_buckets_and_blocks(tmp_path):

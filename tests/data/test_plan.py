@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import tempfile
 from collections import Counter
 from itertools import islice
 
@@ -10,8 +11,14 @@ import pytest
 
 from data.batch import PlannedSlice
 from data.buckets import BucketList
-from data.compiled import Compiled, compile_arrays
+from data.compiled import Compiled, compile_sizes
 from data.plan import Plan, PlanSegments, PlanSource, lanes_of, split_batch, valid_world_sizes
+
+
+def compiled_of(heights: np.ndarray, shapes: BucketList, name: str, block: int) -> Compiled:
+    """Images 64 wide and of these heights. The maps outlive the files' names."""
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_sizes([(np.full(len(heights), 64), heights)], len(heights), shapes, folder, name, block)
 
 
 def skewed(rows: int, buckets: int, block: int, seed: int = 0, runs: int = 1) -> Compiled:
@@ -21,7 +28,7 @@ def skewed(rows: int, buckets: int, block: int, seed: int = 0, runs: int = 1) ->
     common = rng.permutation(1 / np.arange(1, buckets + 1) ** 1.3)
     chosen = rng.choice(buckets, size=-(-rows // runs), p=common / common.sum()).repeat(runs)[:rows]
     shapes = BucketList([[int(height), 64] for height in heights])
-    return compile_arrays(np.full(rows, 64), heights[chosen], shapes, f"{rows} {seed} {runs}", block)
+    return compiled_of(heights[chosen], shapes, f"{rows} {seed} {runs}", block)
 
 
 def configurations(count: int, seed: int) -> list[tuple[Compiled, Plan, np.random.Generator]]:
@@ -68,7 +75,7 @@ def check_epochs(compiled: Compiled, plan: Plan, slices: list[PlannedSlice]) -> 
             break
     for epoch in range(1, len(ends) - 1):
         times = np.bincount(
-            np.concatenate([planned.rows for planned in slices[: ends[epoch]]] or [[]]).astype(int),
+            np.array([planned.rows for planned in slices[: ends[epoch]]], dtype=np.int64).ravel(),
             minlength=compiled.rows,
         )
         waiting = epoch * totals % size
@@ -275,12 +282,12 @@ def skewed_by_hand(rows: int, buckets: int, block: int) -> Compiled:
     chosen = np.minimum((index * 7919 % 101) // 17, buckets - 1)
     heights = np.arange(buckets) * 8 + 8
     shapes = BucketList([[int(height), 64] for height in heights])
-    return compile_arrays(np.full(rows, 64), heights[chosen], shapes, str(rows), block)
+    return compiled_of(heights[chosen], shapes, str(rows), block)
 
 
 def test_a_bucket_smaller_than_a_slice_is_announced_and_served(caplog):
     heights = np.array([8] * 50 + [16] * 3)
-    compiled = compile_arrays(np.full(53, 64), heights, BucketList([[8, 64], [16, 64], [24, 64]]), "x", 4)
+    compiled = compiled_of(heights, BucketList([[8, 64], [16, 64], [24, 64]]), "x", 4)
     with caplog.at_level(logging.WARNING):
         plan = Plan([PlanSource("photos", compiled)], lanes=2, slice_size=7, seed=0)
     (message,) = caplog.messages
