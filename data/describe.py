@@ -67,7 +67,7 @@ def describe(shard: str, store: Store, checksum: Checksum | None = None) -> tupl
 
 
 def _inspect(
-    file: RangedFile, checksum: Checksum | None, problems: list[Problem], extension: str, member: Member
+    file: RangedFile, checksum: Checksum | None, problems: list[Problem], key: str, extension: str, member: Member
 ) -> _Detail:
     detail = _Detail()
     if checksum is not None:
@@ -79,10 +79,10 @@ def _inspect(
         elif media is not None:
             detail.size = video_size(file.part(member.offset, member.size, block=256 << 10))
     except ValueError as error:
-        problems.append(Problem("unreadable media", f"{member.name!r}: {error}", member.name, member.offset))
+        problems.append(Problem("unreadable media", f"{member.name!r}: {error}", key, member.offset))
     if extension in ("txt", "json"):
         if member.size > LARGEST_TEXT:
-            problems.append(Problem("bad json", f"{member.name!r}: {member.size} bytes", member.name, member.offset))
+            problems.append(Problem("bad json", f"{member.name!r}: {member.size} bytes", key, member.offset))
             return detail
         text = file.pread(member.offset, member.size).decode(errors="replace")
         if extension == "txt":
@@ -91,7 +91,7 @@ def _inspect(
         try:
             detail.fields = _object(text)
         except ValueError as error:
-            problems.append(Problem("bad json", f"{member.name!r}: {error}", member.name, member.offset))
+            problems.append(Problem("bad json", f"{member.name!r}: {error}", key, member.offset))
     return detail
 
 

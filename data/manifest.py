@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data.hashing import text64
-from data.store import Identity, Store, local_path, protocol_of, redact
+from data.store import Identity, Store, StoreError, local_path, protocol_of, redact
 from data.tar_index import Problem
 
 VERSION = 1
@@ -200,17 +200,32 @@ def write_scores(manifest: Manifest, name: str, scores: pa.Table, store: Store) 
     return url
 
 
+def score_identity(manifest: Manifest, name: str, store: Store) -> Identity:
+    """The state of a filter's scores for a shard.
+
+    Raises:
+        ValueError: there are none.
+    """
+    url = score_url(manifest.url, name)
+    try:
+        return store.identity(url)
+    except StoreError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        shard = redact(manifest.shard)
+        raise ValueError(
+            f"{shard} has no scores of the filter {name!r} ({redact(url)}): run it on all shards"
+        ) from error
+
+
 def open_scores(manifest: Manifest, name: str, store: Store) -> pq.ParquetFile:
     """A filter's scores for a shard.
 
     Raises:
         ValueError: there are none, or they were made for another state of the shard.
     """
+    score_identity(manifest, name, store)
     url = score_url(manifest.url, name)
-    if not store.exists(url):
-        raise ValueError(
-            f"{redact(manifest.shard)} has no scores of the filter {name!r} ({redact(url)}): run it on all shards"
-        )
     file = open_parquet(url, store)
     if told_by(file).get("identity") != manifest.identity or file.metadata.num_rows != manifest.rows:
         file.close()

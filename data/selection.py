@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data.manifest import STRUCTURE, Manifest, open_parquet, open_scores, score_names, score_url
+from data.manifest import STRUCTURE, Manifest, open_parquet, open_scores, score_identity, score_names
 from data.store import Store, cache_root, redact
 from data.where import Where, WhereError, first_line
 
@@ -160,7 +160,7 @@ def _cache_key(scan: "_Scan", where: str | None, holdout: float, split: str) -> 
     for manifest in scan.manifests:
         digest.update(json.dumps([manifest.shard, manifest.url, manifest.identity, manifest.digest]).encode())
         for name in scan.filters:
-            digest.update(f"{name} {scan.store.identity(score_url(manifest.url, name))}".encode())
+            digest.update(f"{name} {score_identity(manifest, name, scan.store)}".encode())
     return digest.hexdigest()
 
 

@@ -130,14 +130,14 @@ def walk(file: RangedFile) -> Iterator[Member]:
         offset = next_offset
 
 
-def read_samples(file: RangedFile, inspect: Callable[[str, Member], D]) -> tuple[list[Sample[D]], list[Problem]]:
+def read_samples(file: RangedFile, inspect: Callable[[str, str, Member], D]) -> tuple[list[Sample[D]], list[Problem]]:
     """All whole samples of a tar, and what is wrong with it.
 
     Dropped are: the sample in which the tar breaks off; all parts of a sample whose members do not stand together; all
     but the first of several with one key and the same extensions.
 
     Args:
-        inspect: called with (extension, member) for every member while the walk stands at it; its result is kept.
+        inspect: called with (key, extension, member) for every member while the walk stands at it; its result is kept.
     """
     groups: list[Sample[D]] = []
     problems: list[Problem] = []
@@ -155,7 +155,7 @@ def read_samples(file: RangedFile, inspect: Callable[[str, Member], D]) -> tuple
             if not groups or groups[-1].key != key or extension in groups[-1].members:
                 groups.append(Sample(key))
             groups[-1].members[extension] = member
-            groups[-1].details[extension] = inspect(extension, member)
+            groups[-1].details[extension] = inspect(key, extension, member)
     except TarDamageError as damage:
         cut = groups.pop().key if groups else ""
         lost = file.size - max(damage.problem.offset, 0)

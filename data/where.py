@@ -126,10 +126,11 @@ class Where:
     def _parse_condition(self) -> dict[str, Any]:
         node = self._parse(f"SELECT 1 FROM rows WHERE ({self.text}\n)")
         plain = self._parse("SELECT 1 FROM rows WHERE (true\n)")
-        condition = node.pop("where_clause")
+        condition = node.pop("where_clause", None)  # absent in a UNION
         del plain["where_clause"]
         if node != plain:  # the clause closes our parenthesis and goes on with GROUP BY, LIMIT ...
             raise WhereError(f"where={self.text!r} is not one SQL condition")
+        assert condition is not None
         return condition
 
     def _parse(self, sql: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def in_memory(content: bytes, block: int = 4096) -> RangedFile:
 
 
 def samples_of(content: bytes):
-    return read_samples(in_memory(content), lambda extension, member: None)
+    return read_samples(in_memory(content), lambda key, extension, member: None)
 
 
 def layout(samples) -> dict[str, dict[str, tuple[int, int]]]:
@@ -240,7 +240,7 @@ def test_a_local_shard_is_read_by_its_headers(tmp_path):
     file = store.open(str(path))
     fetch = file._fetch
     file._fetch = lambda offset, size: read.append(size) or fetch(offset, size)
-    assert len(read_samples(file, lambda extension, member: None)[0]) == 20
+    assert len(read_samples(file, lambda key, extension, member: None)[0]) == 20
     assert sum(read) < 0.03 * path.stat().st_size
 
 
