@@ -47,14 +47,13 @@ class EpochOrder:
         self._places = np.arange(self.window * self.block, dtype=np.uint64)
         self._in_block = np.arange(self.block, dtype=np.int64)
 
-    def counts(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start, buckets) rows of each bucket in the windows [start, stop)."""
-        blocks = self.permutation[start * self.window : stop * self.window]
+    def counts(self) -> np.ndarray:
+        """(windows, buckets) unsigned, rows of each bucket in each window."""
         histogram = self.compiled.histogram
         dtype = np.min_scalar_type(self.window * self.block)
-        total = np.zeros((stop - start, histogram.shape[1]), dtype=dtype)
+        total = np.zeros((self.windows, histogram.shape[1]), dtype=dtype)
         for i in range(self.window):
-            nth = blocks[i :: self.window]
+            nth = self.permutation[i :: self.window]
             total[: len(nth)] += histogram[nth]  # the last window may lack blocks
         return total
 
@@ -131,7 +130,7 @@ class EpochTables:
         # Coordinates of bucket b: [0, carry) are the last epoch's rows, [carry, carry + N_b) this one's. The slice that
         # holds carried rows is served ahead of all windows, hence skipped here.
         self._skip = (carry > 0).astype(np.int64)
-        counts = order.counts(0, order.windows)
+        counts = order.counts()
         end = int((carry + order.compiled.totals).max())
         dtype = np.uint32 if end < 2**32 else np.int64
         self._until = np.empty((len(carry), order.windows + 1), dtype=dtype)  # C[b, w]: coordinate where w begins
@@ -158,8 +157,6 @@ class EpochTables:
 
     def walk(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Buckets and (m,) rows of the slices [start, stop), one window sorted at a time."""
-        if start >= stop:
-            return
         buckets = len(self._until)
         waiting = np.zeros((buckets, self.size), dtype=np.int64)  # rows of each bucket's incomplete slice
         known = np.zeros(buckets, dtype=bool)  # whether the incomplete slice lies within the windows walked
@@ -218,7 +215,7 @@ class EpochTables:
 class SourceStream:
     """Slices of one source. Slot q = step * lanes + lane counts them; epoch e owns the slots [G_e, G_e+1), where
     G_e = sum over buckets of (e * N_b) // m. Its first slots complete the slices that the last epoch began; the rest
-    is cut into one contiguous range of the windows per lane.
+    is cut into one contiguous range of the windows per lane. To be used from one thread.
 
     Args:
         compiled: the selection.
