@@ -105,15 +105,18 @@ def _load_pipeline(path: Path) -> Loaded:
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         raise ValueError(f"{path} is a {index.get('_class_name')}; StableDiffusion3Pipeline can be sampled from")
     denoiser, autoencoder = load(path / "transformer"), load(path / "vae")
-    length = 77
-    encoders: list[TextEncoder] = [
-        ClipEncoder(str(path), f"text_encoder{n}", tokenizer_subfolder=f"tokenizer{n}") for n in ("", "_2")
-    ]
+    encoders: list[TextEncoder] = []
+    for number in ("", "_2"):
+        tokenizer = json.loads((path / f"tokenizer{number}" / "tokenizer_config.json").read_text())
+        length = tokenizer.get("model_max_length", 77)
+        encoders.append(
+            ClipEncoder(str(path), f"text_encoder{number}", tokenizer_subfolder=f"tokenizer{number}", length=length)
+        )
     width: int = denoiser.config["joint_attention_dim"]
     if index.get("text_encoder_3", [None])[0] is None:
-        encoders.append(AbsentEncoder(length, width))
+        encoders.append(AbsentEncoder(encoders[0].length, width))
     else:
-        encoders.append(T5Encoder(str(path), "text_encoder_3", tokenizer_subfolder="tokenizer_3", length=length))
+        encoders.append(T5Encoder(str(path), "text_encoder_3", tokenizer_subfolder="tokenizer_3"))
     scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
     process = Process(RectifiedFlow(), Velocity(), Uniform(), Unweighted(), shift=scheduler.get("shift", 1.0))
     first_stage = KLFirstStage(autoencoder)  # type: ignore[arg-type]

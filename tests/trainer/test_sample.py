@@ -1,0 +1,126 @@
+"""`millrace sample`: the pictures of diffusers' own pipeline from its folder, and reproducible ones from our runs."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.draws import Draws
+from models.guidance import Guidance
+from models.samplers import Euler
+from tests.models.test_text import CAPTIONS, JOINT, LENGTH, sd3  # noqa: F401 (a fixture)
+from tools import cli
+from trainer.loading import load_model
+from trainer.sampling import SAMPLING_STEP, Picture, draw, grid
+
+
+@pytest.fixture(scope="module")
+def folder(sd3: Path) -> Path:  # noqa: F811
+    """A whole Stable Diffusion 3 pipeline of diffusers, tiny and random, saved by diffusers."""
+    import diffusers
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=JOINT,
+        caption_projection_dim=16,
+        pooled_projection_dim=18,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    )
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(sd3 / "text_encoder"),
+        tokenizer=AutoTokenizer.from_pretrained(sd3 / "tokenizer"),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(sd3 / "text_encoder_2"),
+        tokenizer_2=AutoTokenizer.from_pretrained(sd3 / "tokenizer_2"),
+        text_encoder_3=T5EncoderModel.from_pretrained(sd3 / "text_encoder_3"),
+        tokenizer_3=AutoTokenizer.from_pretrained(sd3 / "tokenizer_3"),
+    )
+    folder = sd3.parent / "pipeline"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_pictures_are_those_of_diffusers_pipeline(folder: Path):
+    import diffusers
+
+    loaded = load_model(folder)
+    pictures = [Picture(caption, seed, *loaded.size) for seed, caption in enumerate(CAPTIONS)]
+    steps = 6
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    # The same times: the pipeline's scheduler takes ours, before its shift.
+    sampler = Euler(steps)
+    sigmas = torch.linspace(1, 1 / steps, steps).tolist()
+    shape = loaded.networks["first_stage"].latent_shape(*loaded.size)
+    noise = [Draws(p.seed, ((SAMPLING_STEP, 0, 0),)).normal("sampling/start", shape) for p in pictures]
+    theirs = pipeline(
+        prompt=CAPTIONS,
+        sigmas=sigmas,
+        guidance_scale=3.0,
+        latents=torch.cat(noise),
+        height=loaded.size[0],
+        width=loaded.size[1],
+        max_sequence_length=77,
+        output_type="pt",
+    ).images
+    ours = draw(loaded.networks, loaded.process, sampler, Guidance(3.0), pictures, torch.device("cpu"))
+    difference = (torch.stack(ours).float() / 255 - theirs).abs()
+    assert difference.mean() < 1 / 255
+    assert theirs.std() > 0.05, "a blank picture would agree with anything"
+
+
+def test_the_job_writes_files_that_tell_prompt_and_seed(folder: Path, tmp_path: Path, capsys):
+    arguments = [f"source={folder}", f"out={tmp_path}/out", "sampler.steps=2", "seed=5", "each=2"]
+    assert cli.execute(["sample", *arguments, "prompts=['a red circle','two, of them']"]) == 0
+    picture = Image.open(tmp_path / "out" / "00003.png")
+    assert picture.info["prompt"] == "two, of them" and picture.info["seed"] == "6"
+    sheet = Image.open(tmp_path / "out" / "grid.png")
+    assert json.loads(sheet.info["seeds"]) == [5, 6, 5, 6]
+    amid = (tmp_path / "out" / "00003.png").read_bytes()
+    # Alone, or among others: the same picture.
+    assert cli.execute(["sample", *arguments, "prompts=['two, of them']", "batch=1"]) == 0
+    pixels = [np.asarray(Image.open(io.BytesIO(b)), dtype=int) for b in (amid, (tmp_path / "out/00001.png").read_bytes())]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_sources_that_are_no_model_are_named(tmp_path: Path, capsys):
+    assert cli.execute(["sample", f"source={tmp_path}", "prompts=[x]"]) != 0
+    assert str(tmp_path) in capsys.readouterr().err
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert cli.execute(["sample", f"source={tmp_path}", "prompts=[x]"]) != 0
+    assert "FluxPipeline" in capsys.readouterr().err
+
+
+def test_a_grid_holds_pictures_of_several_sizes():
+    sheet = grid([torch.zeros(3, 4, 6, dtype=torch.uint8), torch.zeros(3, 6, 4, dtype=torch.uint8)], columns=2, gap=1)
+    assert sheet.shape == (3, 8, 15)
+    assert int((sheet == 0).sum()) == 3 * 48
