@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from trainer.checkpoint.layout import saved_name
 from trainer.engines.base import Engine, Shard
 
 
+@runtime_checkable
 class Length(Protocol):
     """How long an average remembers."""
 
