@@ -5,10 +5,12 @@ shard. So no rank ever holds a whole network, and 1 rank and 512 start from the 
 """
 
 import zlib
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @runtime_checkable
@@ -28,7 +30,7 @@ def parameter_generator(seed: int, name: str, device: torch.device | str = "cpu"
 
 
 @torch.no_grad()
-def initialize(network: nn.Module, seed: int) -> nn.Module:
+def initialize(network: Network, seed: int) -> Network:
     """Fill an unsharded network (not on the meta device) and return it; the reference that engines must equal."""
     assert isinstance(network, Initializable), f"{type(network).__name__} lacks init_parameter and init_buffers"
     for name, parameter in network.named_parameters():
