@@ -117,7 +117,7 @@ class SliceReader(Dataset[Delivery]):
     ) -> None:
         self.sources, self.buckets, self.store, self.seed = tuple(sources), buckets, store, seed
         self.crop, self.flip, self.max_pixels, self.concurrency = crop, flip, max_pixels, concurrency
-        self._manifests = [ManifestReader(store, source.selection.manifests) for source in self.sources]
+        self._manifests = [ManifestReader(store, source.selection.manifests, source.selection.digests) for source in self.sources]
 
     def __getitem__(self, planned: PlannedSlice) -> Delivery:
         """Read a slice.

@@ -174,7 +174,7 @@ class TarSplit:
         found: list[str] = []
         for name, selection in self.selections.items():
             columns = list(self.data.sources[name].captions)
-            reader = ManifestReader(self.data.store, selection.manifests)
+            reader = ManifestReader(self.data.store, selection.manifests, selection.digests)
             positions = np.linspace(0, len(selection) - 1, min(limit, len(selection))).astype(np.int64)
             by_shard: dict[int, list[int]] = {}
             for shard, row in selection.locate(positions):
