@@ -20,7 +20,7 @@ from models.initialization import initialize
 from models.mmdit import MMDiT
 
 CONTEXT = 154
-MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192}
+MEDIUM: dict[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192}
 # Operators that do the arithmetic; what else a pass calls is overhead to a floor.
 ARITHMETIC = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "attention")
 
@@ -52,69 +52,66 @@ def run(
     if clock == "process" and threads != 1:
         raise ValueError("clock=process adds up the threads' time: use it with threads=1")
     torch.set_num_threads(threads)
-    results: dict[str, Any] = {
-        "threads": threads,
-        "torch": torch.__version__,
-        "cpu": {
-            f"width_{width}": _compare(
-                _config(layers, width // 64, latents, qk_norm),
-                latents,
-                batch,
-                repeats,
-                modes,
-                torch.device("cpu"),
-                clock=clock,
-            )
-            for width in widths
-        },
-    }
+    results: dict[str, Any] = {"torch": torch.__version__, "threads": threads, "clock": clock, "cpu": {}}
+    for width in widths:
+        config = {
+            "num_layers": layers,
+            "num_attention_heads": width // 64,
+            "sample_size": latents,
+            "pos_embed_max_size": latents // 2,
+            "qk_norm": "rms_norm" if qk_norm else None,
+        }
+        case = _Case(config, latents, batch, torch.device("cpu"), torch.float32)
+        results["cpu"][f"width_{width}"] = {mode: _compare(case, mode, repeats, clock) for mode in modes}
     if torch.cuda.is_available():
         results["gpu"] = _on_gpu(repeats)
     return results
 
 
-def _config(layers: int, heads: int, latents: int, qk_norm: bool) -> dict[str, Any]:
-    return {
-        "num_layers": layers,
-        "num_attention_heads": heads,
-        "sample_size": latents,
-        "pos_embed_max_size": latents // 2,
-        "qk_norm": "rms_norm" if qk_norm else None,
+@dataclass(frozen=True)
+class _Case:
+    """A network and its input: what both contestants get."""
+
+    config: dict[str, Any]
+    latents: int
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _compare(case: _Case, mode: str, repeats: int, clock: str) -> dict[str, Any]:
+    """Median seconds of ours, diffusers' and (in eager mode) the floor, and their ratios."""
+    ours, theirs = _pair(case)
+    if mode == "compiled":
+        torch._dynamo.reset()
+        for block in (*ours.blocks, *theirs.transformer_blocks):
+            block.compile(fullgraph=True)
+    inputs = _inputs(ours, case)
+    with torch.no_grad():
+        reference = _call_diffusers(theirs, inputs).float()
+        error = ((ours(**inputs).float() - reference).norm() / reference.norm()).item()
+
+    contestants: dict[str, Callable[[], Any]] = {
+        "ours": lambda: _backward(ours, ours(**inputs)),
+        "diffusers": lambda: _backward(theirs, _call_diffusers(theirs, inputs)),
     }
+    if mode == "eager":
+        contestants["floor"] = _floor(contestants["ours"])
+    seconds = _take_turns(contestants, repeats, case.device, clock)
+    result: dict[str, Any] = {
+        "tokens": (case.latents // 2) ** 2 + CONTEXT,
+        "batch": case.batch,
+        "output_error": error,
+        **{name: statistics.median(times) for name, times in seconds.items()},
+        "ratio": _median_ratio(seconds["ours"], seconds["diffusers"]),
+    }
+    if "floor" in seconds:
+        result["floor_share"] = _median_ratio(seconds["floor"], seconds["ours"])
+    return result
 
 
-def _compare(
-    config: dict[str, Any],
-    latents: int,
-    batch: int,
-    repeats: int,
-    modes: tuple[str, ...],
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    clock: str = "wall",
-) -> dict[str, Any]:
-    results: dict[str, Any] = {"tokens": (latents // 2) ** 2 + CONTEXT, "batch": batch}
-    for mode in modes:
-        ours, theirs = _pair(config, device, dtype)
-        if mode == "compiled":
-            torch._dynamo.reset()
-            for block in (*ours.blocks, *theirs.transformer_blocks):
-                block.compile(fullgraph=True)
-        inputs = _inputs(ours, latents, batch, device, dtype)
-        contestants = {
-            "ours": lambda net=ours, kw=inputs: _step(net, net(**kw)),
-            "diffusers": lambda net=theirs, kw=inputs: _step(net, _call_diffusers(net, kw)),
-        }
-        if mode == "eager":
-            contestants["floor"] = _floor(contestants["ours"])
-        seconds = _take_turns(contestants, repeats, device, clock)
-        entry = {name: statistics.median(times) for name, times in seconds.items()}
-        entry["ratio"] = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["diffusers"], strict=True))
-        if "floor" in seconds:
-            share = [a / b for a, b in zip(seconds["floor"], seconds["ours"], strict=True)]
-            entry["floor_share"] = statistics.median(share)
-        results[mode] = entry
-    return results
+def _median_ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def _on_gpu(repeats: int) -> dict[str, Any]:
@@ -123,13 +120,13 @@ def _on_gpu(repeats: int) -> dict[str, Any]:
     peak = _matmul_peak(device)
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "matmul_peak_flops": peak}
     for pixels, batch in ((256, 32), (512, 16), (1024, 4)):
-        latents = pixels // 8
-        entry = _compare(MEDIUM, latents, batch, repeats, ("compiled",), device, torch.bfloat16)
+        case = _Case(MEDIUM, pixels // 8, batch, device, torch.bfloat16)
+        result = _compare(case, "compiled", repeats, "wall")
         with torch.device("meta"):
-            flops = 3 * batch * MMDiT(**MEDIUM).flops(latents, latents, CONTEXT)
+            flops = 3 * batch * MMDiT(**MEDIUM).flops(case.latents, case.latents, CONTEXT)
         for name in ("ours", "diffusers"):
-            entry[f"mfu_{name}"] = flops / entry["compiled"][name] / peak
-        results[f"{pixels}px"] = entry
+            result[f"mfu_{name}"] = flops / result[name] / peak
+        results[f"{pixels}px"] = result
     return results
 
 
@@ -140,33 +137,29 @@ def _matmul_peak(device: torch.device, size: int = 8192, repeats: int = 20) -> f
     return 2 * size**3 / min(seconds)
 
 
-def _pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[MMDiT, Any]:
+def _pair(case: _Case) -> tuple[MMDiT, Any]:
     """Our network and diffusers', with the same random weights."""
     import diffusers
 
     counterpart: Any = diffusers.SD3Transformer2DModel
-    with torch.device(device):
-        ours = initialize(MMDiT(**config), seed=0)
+    with case.device:
+        ours = initialize(MMDiT(**case.config), seed=0)
         theirs = counterpart(**{k: v for k, v in ours.config.items() if k not in MMDiT.own_config})
-    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in ours.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, device=device)
-            parameter.add_(noise, alpha=0.02)
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
     state = {key: part for name, t in ours.state_dict().items() for key, part in ours.to_diffusers(name, t).items()}
     theirs.load_state_dict(state)
-    return ours.to(dtype), theirs.to(dtype)
+    return ours.to(case.dtype), theirs.to(case.dtype)
 
 
-def _inputs(network: MMDiT, latents: int, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(1)
-
+def _inputs(network: MMDiT, case: _Case) -> dict[str, Tensor]:
     def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator, device=device).to(dtype)
+        return torch.randn(case.batch, *shape, device=case.device).to(case.dtype)
 
     return {
-        "x": normal(network.in_channels, latents, latents),
-        "timestep": torch.rand(batch, generator=generator, device=device) * 1000,
+        "x": normal(network.in_channels, case.latents, case.latents),
+        "timestep": torch.rand(case.batch, device=case.device) * 1000,
         "context": normal(CONTEXT, network.config["joint_attention_dim"]),
         "pooled": normal(network.config["pooled_projection_dim"]),
     }
@@ -182,7 +175,7 @@ def _call_diffusers(network: Any, inputs: dict[str, Tensor]) -> Tensor:
     )[0]
 
 
-def _step(network: nn.Module, prediction: Tensor) -> None:
+def _backward(network: nn.Module, prediction: Tensor) -> None:
     """Backward from a prediction, whose own values stand in for the loss's gradient; then forget the gradients."""
     prediction.backward(prediction.detach())
     network.zero_grad(set_to_none=True)
