@@ -108,8 +108,9 @@ def test_the_job_writes_files_that_tell_prompt_and_seed(folder: Path, tmp_path: 
     amid = (tmp_path / "out" / "00003.png").read_bytes()
     # Alone, or among others: the same picture.
     assert cli.execute(["sample", *arguments, "prompts=['two, of them']", "batch=1"]) == 0
-    pixels = [np.asarray(Image.open(io.BytesIO(b)), dtype=int) for b in (amid, (tmp_path / "out/00001.png").read_bytes())]
-    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    alone = (tmp_path / "out" / "00001.png").read_bytes()
+    first, second = (np.asarray(Image.open(io.BytesIO(data)), dtype=int) for data in (amid, alone))
+    assert np.abs(first - second).max() <= 1
 
 
 def test_sources_that_are_no_model_are_named(tmp_path: Path, capsys):
