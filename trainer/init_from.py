@@ -183,7 +183,8 @@ def resize_positions(table: Tensor, length: int) -> Tensor:
     spans the same picture (Dosovitskiy et al. 2021, arXiv 2010.11929, section 3.2)."""
     old, new = math.isqrt(table.shape[1]), math.isqrt(length)
     grid = table.float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False, antialias=new < old)
+    # With `antialias`, torch takes the cubic kernel that leaves linear tables linear (a = -0.5), enlarging or reducing.
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False, antialias=True)
     return grid.permute(0, 2, 3, 1).reshape(1, length, -1)
 
 
