@@ -21,7 +21,7 @@ import numpy as np
 from data.batch import PlannedSlice
 from data.buckets import Buckets, ConstantArea
 from data.compiled import Compiled, compile_sizes
-from data.plan import Plan, PlanSource, lanes_of
+from data.plan import Plan, PlanSource
 
 Clock = Literal["wall", "process"]
 _MIB = 2**20
@@ -82,7 +82,8 @@ def run(
         folder: for the compiled selections (1.4 bytes a sample), which are deleted afterwards; a temporary one by
             default.
     """
-    lanes_of(0, lanes // served_lanes, lanes)  # refuses what does not divide
+    if lanes % served_lanes:
+        raise ValueError(f"served_lanes {served_lanes} must divide the {lanes} lanes")
     with tempfile.TemporaryDirectory(prefix="millrace-bench-plan-", dir=folder) as scratch:
         full = _Setting(scratch, rows, lanes, slice_size, block, window, buckets, clock)
         small = _Setting(scratch, compared_rows, lanes, slice_size, block, window, buckets, clock)
