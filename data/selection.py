@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from data.manifest import STRUCTURE, Manifest, open_parquet, open_scores, score_identity, score_names
-from data.store import Store, cache_root, redact
+from data.store import Store, StoreError, cache_root, redact
 from data.where import Where, WhereError, first_line
 
 VERSION = 1
@@ -129,6 +129,7 @@ def select(
 
     Raises:
         ValueError: no shards; nothing selected; a wrong clause (one sentence); scores missing or of a changed shard.
+        StoreError: a store fails, or the cache folder cannot be written to.
     """
     if not manifests:
         raise ValueError("no shards to select from")
@@ -150,6 +151,10 @@ def select(
             except OSError:  # another process was first, with the same content
                 if not (folder / "selection.json").exists():
                     raise
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(f"the selection cannot be written to {folder.parent}: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Selection.open(folder)
@@ -284,7 +289,9 @@ def _materialise(folder: Path, scan: _Scan, clause: Where | None, holdout: float
             validation = int(np.count_nonzero(chunk["key_hash"].to_numpy() < np.uint64(threshold)))
             in_this_split += validation if split == "validation" else chunk.num_rows - validation
             kept = _query(database, query, chunk, clause)
-            sized = kept.filter(pc.and_(pc.is_valid(kept["width"]), pc.is_valid(kept["height"])))
+            sized = kept
+            if kept["width"].null_count or kept["height"].null_count:
+                sized = kept.filter(pc.and_(pc.is_valid(kept["width"]), pc.is_valid(kept["height"])))
             without_size += kept.num_rows - sized.num_rows
             per_shard += np.bincount(sized["shard"].to_numpy(), minlength=len(per_shard))
             for file, name in ((row, "row"), (width, "width"), (height, "height")):
@@ -337,7 +344,7 @@ def _quantiles(scan: _Scan, clause: Where) -> list[float | None]:
     """The values of a clause's quantiles over all rows: exact, and the same on every machine.
 
     The p-quantile of n values is the one at rank ceil(p n) (as SQL's PERCENTILE_DISC); NaN and NULL do not count. Found
-    by radix: each pass over the manifests settles 16 more bits, so that memory does not grow with the rows.
+    by radix: each of three passes over the manifests settles a third of the bits; memory does not grow with the rows.
     """
     wanted = clause.quantiles
     if not wanted:
@@ -356,23 +363,23 @@ def _quantiles(scan: _Scan, clause: Where) -> list[float | None]:
 
     small = sum(m.rows for m in scan.manifests) * len(wanted) <= VALUES_HELD
     held = list(chunks()) if small else None
-    for shift in (48, 32, 16, 0):
-        counts = np.zeros((len(wanted), 1 << 16), dtype=np.int64)
+    for shift, width in ((42, 22), (21, 21), (0, 21)):
+        counts = np.zeros((len(wanted), 1 << width), dtype=np.int64)
         for chunk in held if held is not None else chunks():
             for i, bits in enumerate(chunk):
-                if shift < 48:
-                    bits = bits[bits >> np.uint64(shift + 16) == np.uint64(prefix[i])]
-                digit = (bits >> np.uint64(shift) & np.uint64(0xFFFF)).astype(np.int64)
-                counts[i] += np.bincount(digit, minlength=1 << 16)
+                if shift < 42:
+                    bits = bits[bits >> np.uint64(shift + width) == np.uint64(prefix[i])]
+                digit = (bits >> np.uint64(shift) & np.uint64((1 << width) - 1)).astype(np.int64)
+                np.add.at(counts[i], digit, 1)
         for i, quantile in enumerate(wanted):
-            if shift == 48:
+            if shift == 42:
                 n = int(counts[i].sum())
                 empty[i] = n == 0
                 rank[i] = max(math.ceil(quantile.probability * n), 1) - 1
             below = np.cumsum(counts[i])
             chosen = int(np.searchsorted(below, rank[i], side="right"))
             rank[i] -= int(below[chosen - 1]) if chosen else 0
-            prefix[i] = prefix[i] << 16 | chosen
+            prefix[i] = prefix[i] << width | chosen
     return [None if none else _from_ordered_bits(bits) for none, bits in zip(empty, prefix, strict=True)]
 
 

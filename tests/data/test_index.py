@@ -36,7 +36,7 @@ def test_the_job_indexes_in_several_processes_and_skips_what_is_done(tmp_path):
     before = manifests_of(tmp_path)
     assert len(before) == 9
     write_shard(shards[3], [sample(i) for i in range(7)])
-    again = job(f"shards={tmp_path}/{{00000..00008}}.tar")
+    again = job(f"shards='{tmp_path}/{{00000..00008}}.tar'")
     assert "9 shards, 47 samples" in again.stdout
     after = manifests_of(tmp_path)
     assert [name for name in after if after[name] != before[name]] == ["00003.manifest.parquet"]

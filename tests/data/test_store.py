@@ -3,15 +3,22 @@
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import boto3
+import numpy as np
+import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
-from shard_files import serve
+from shard_files import sample, serve, write_shard
 
+from data.index import ensure_indexed
+from data.manifest import ManifestReader, write_scores
+from data.selection import select
 from data.store import RangedFile, Store, StoreError, redact
 
 CONTENT = bytes(range(256)) * 64
@@ -240,11 +247,56 @@ def test_errors_tell_no_secrets():
     assert redact(url).endswith("/a.tar?...")
 
 
-def test_a_full_disk_leaves_no_half_written_file(tmp_path):
-    (tmp_path / "m").mkdir()
-    with pytest.raises(StoreError, match="m"):
-        Store().write(str(tmp_path / "m"), b"content")  # a folder has the name: the rename fails
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+FULL_DISK = """
+import resource, signal, sys
+from data.index import ensure_indexed
+from data.selection import select
+from data.store import Store, StoreError
+store = Store()
+manifests = ensure_indexed(store.expand(sys.argv[1]), store)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))  # every write beyond 20 bytes fails, as on a full disk
+for write in (
+    lambda: store.write(sys.argv[1] + "/new", bytes(1000)),
+    lambda: select(manifests, store, cache_folder=sys.argv[1] + "/cache"),
+):
+    try:
+        write()
+    except StoreError as error:
+        sys.stdout.write(str(error)[:20000] + chr(10))
+"""
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_no_half_written_file(tmp_path):
+    write_shard(tmp_path / "a.tar", [sample(i) for i in range(3)])
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert f"{tmp_path}/new" in lines[0]
+    assert "too large" in lines[0]
+    assert f"cannot be written to {tmp_path}/cache/selections" in lines[1]
+    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ["a.manifest.parquet", "a.tar"]
+
+
+def test_a_bucket_is_indexed_beside_its_shards_and_selected_from(s3, tmp_path):
+    options, client = s3
+    shard = write_shard(tmp_path / "a.tar", [sample(i) for i in range(6)])
+    client.put_object(Bucket="bucket", Key="set/a.tar", Body=shard.read_bytes())
+    store = Store(options, attempts=2)
+    manifests = ensure_indexed(store.expand("s3://bucket/set"), store)
+    assert [m.url for m in manifests] == ["s3://bucket/set/a.manifest.parquet"]
+    assert ensure_indexed(store.expand("s3://bucket/set"), store) == manifests
+    write_scores(manifests[0], "motion", pa.table({"motion": np.arange(6.0)}), store)
+    selection = select(manifests, store, "motion >= quantile(0.5)", cache_folder=str(tmp_path))
+    assert selection.locate(range(len(selection))) == [(0, 2), (0, 3), (0, 4), (0, 5)]
+    reader = ManifestReader(store, selection.manifests, selection.digests)
+    values = reader.rows(0, [3], ["key", "motion", "extensions", "offsets", "sizes"])
+    assert (values["key"], values["motion"]) == (["000003"], [3.0])
+    member = values["extensions"][0].index("jpg")
+    read = store.read(selection.shards[0], values["offsets"][0][member], values["sizes"][0][member])
+    assert read == sample(3)["jpg"]
 
 
 def test_reading_on_within_a_block_asks_once():
