@@ -22,8 +22,8 @@ _OPEN = ("data.sources.", "data.storage_options.", "ema.lengths.", "log.wandb.")
 def compose(job: str, overrides: list[str]) -> DictConfig:
     """The config of a job (`conf/<job>.yaml`) under the given Hydra overrides.
 
-    `shrink` (set by `scale=tiny`) maps class names to values: every node built from that class takes them, below what the
-    command line says. Interpolations are resolved.
+    `shrink` (set by `scale=tiny`) maps class names to values: every node built from that class takes them, below what
+    the command line says. Interpolations are resolved.
 
     Raises:
         ConfigError: an unknown key, group or choice, an override that does not parse, or an interpolation that fails.
@@ -76,13 +76,13 @@ def nodes(config: Any, path: str = "") -> list[tuple[str, DictConfig]]:
     found: list[tuple[str, DictConfig]] = []
     if isinstance(config, DictConfig):
         found.append((path, config))
-        items = [(key, config._get_node(key)) for key in config]
+        items: list[tuple[str, Any]] = [(str(key), config._get_node(key)) for key in config]
     elif isinstance(config, ListConfig):
-        items = [(i, config._get_node(i)) for i in range(len(config))]
+        items = [(str(i), config._get_node(i)) for i in range(len(config))]
     else:
         return found
     for key, value in items:
-        found += nodes(value, f"{path}.{key}" if path else str(key))
+        found += nodes(value, f"{path}.{key}" if path else key)
     return found
 
 
@@ -123,7 +123,7 @@ def _sentence(job: str, error: Exception) -> str:
 def _near_key(job: str, key: str) -> str:
     with initialize_config_dir(str(ROOT), version_base="1.3"):
         config = hydra_compose(job)
-    known = [f"{path}.{name}" if path else str(name) for path, node in nodes(config) for name in node]
+    known = [f"{path}.{name!s}" if path else str(name) for path, node in nodes(config) for name in node]
     return _nearest(key, known)
 
 

@@ -68,10 +68,13 @@ def _descend(item: Any, path: str) -> bool:
             if not item.get("_partial_", False):
                 _check(item, target(item["_target_"], path), path)
             return True
-        return any([_descend(v, f"{path}.{k}") for k, v in item.items()])
-    if isinstance(item, list):
-        return any([_descend(v, f"{path}[{i}]") for i, v in enumerate(item)])
-    return False
+        inside = [(v, f"{path}.{k}") for k, v in item.items()]
+    elif isinstance(item, list):
+        inside = [(v, f"{path}[{i}]") for i, v in enumerate(item)]
+    else:
+        return False
+    found = [_descend(value, where) for value, where in inside]  # all of them, not up to the first
+    return any(found)
 
 
 @cache
@@ -81,7 +84,8 @@ def _signature(schema: Callable[..., Any]) -> tuple[dict[str, Any], list[str], b
         hints = get_type_hints(schema)
         names = {f.name: hints[f.name] for f in fields(schema) if f.init}
     else:
-        hints = get_type_hints(schema.__init__ if isinstance(schema, type) else schema)
+        constructor = getattr(schema, "__init__") if isinstance(schema, type) else schema  # noqa: B009
+        hints = get_type_hints(constructor)
         names = {n: hints.get(n, Any) for n in inspect.signature(schema).parameters}
     parameters = inspect.signature(schema).parameters.values()
     closed = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -99,8 +103,10 @@ def _check_type(value: Any, kind: Any, path: str) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         inner = "".join(f".{part}" for part in first["loc"] if isinstance(part, str) and part.isidentifier())
-        raise ConfigError(f"{path}={value!r} is of the wrong type{f' at {inner}' if inner else ''}: "
-                          f"{first['msg'][0].lower()}{first['msg'][1:]}.") from error
+        raise ConfigError(
+            f"{path}={value!r} is of the wrong type{f' at {inner}' if inner else ''}: "
+            f"{first['msg'][0].lower()}{first['msg'][1:]}."
+        ) from error
 
 
 def _name(schema: Callable[..., Any]) -> str:

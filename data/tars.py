@@ -165,9 +165,13 @@ class TarSplit:
 
     def shares(self) -> dict[Bucket, float]:
         """The buckets that have samples and their shares of them, the commonest first."""
-        totals = sum(compiled.totals for compiled in self.compiled.values())
+        totals = self.totals()
         order = np.argsort(-totals, kind="stable")
         return {self.buckets[i]: float(totals[i] / totals.sum()) for i in order.tolist() if totals[i]}
+
+    def totals(self) -> np.ndarray:
+        """(buckets,) int64, samples of each bucket, all sources together."""
+        return np.sum([compiled.totals for compiled in self.compiled.values()], axis=0)
 
     def captions(self, limit: int) -> list[str]:
         """Captions of the split, at most `limit` of each source and evenly spread over it; empty ones are left out."""

@@ -55,8 +55,10 @@ def launch(job: str, overrides: list[str], config: DictConfig) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         reason = _last_words(Path(failure.error_file).parent) if failure.error_file else ""
-        raise ConfigError(f"rank {rank} of {job!r} failed ({failure.message.strip().splitlines()[0]}){reason}; "
-                          f"its whole output is under {logs}.") from error
+        raise ConfigError(
+            f"rank {rank} of {job!r} failed ({failure.message.strip().splitlines()[0]}){reason}; "
+            f"its whole output is under {logs}."
+        ) from error
 
 
 def run_directory(config: DictConfig) -> Path:

@@ -65,8 +65,8 @@ def fit(run: Run, step: int) -> int:
             step += 1
             continue
         passes = run.arrange(run.loader.step(step))
-        finite = all([take_phase(run, phase, step, passes) for phase in run.objective.phases])
-        bad = [] if finite else [*bad, step]
+        finite = [take_phase(run, phase, step, passes) for phase in run.objective.phases]
+        bad = [] if all(finite) else [*bad, step]
         step += 1
         if len(bad) >= run.patience:
             step, bad = run.roll_back(bad), []

@@ -121,7 +121,6 @@ class Meter:
             self._counts[f"{name}/{i}"] = self._counts[f"{name}/{i}"] + counts[i]
 
 
-
 class Pause:
     """Stops a meter's clock while it is entered."""
 

@@ -7,8 +7,8 @@ from trainer.objectives.base import Scope
 class Passes:
     """Arranges a rank's slices as passes of at most `size` samples.
 
-    Ranks meet in collectives at every pass of a sharded network, so all must take the same number. Splitting keeps that;
-    fusing whole slices does only where all slices have one shape, since a rank does not know the others' buckets.
+    Ranks meet in collectives at every pass of a sharded network, so all must take the same number. Splitting keeps
+    that; fusing slices does only where all have one shape, since a rank does not know the others' buckets.
 
     Args:
         size: samples in a pass; None is a slice.

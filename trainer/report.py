@@ -16,6 +16,9 @@ img { max-width: 100%; } figure { margin: 1rem 0; } pre { background: #f5f5f5; p
 """
 
 
+_SHOWN = ["step", "samples", "loss", "val/loss", "grad_norm", "samples_per_s", "data_wait", "mfu", "peak_memory_bytes"]
+
+
 def write_report(directory: RunDirectory, sections: Sequence[str] = ()) -> Path:
     """Write the page from what lies in the run directory.
 
@@ -56,24 +59,24 @@ def loss_curve(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def table(rows: Sequence[tuple[str, object]]) -> str:
     """HTML of a two-column table."""
-    return "<table>" + "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows) + "</table>"
+    cells = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
+    return f"<table>{''.join(cells)}</table>"
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "<p>No step has been logged yet.</p>"
     last = {name: value for row in rows for name, value in row.items() if value is not None}
-    shown = ("step", "samples", "loss", "val/loss", "grad_norm", "samples_per_s", "data_wait", "mfu", "peak_memory_bytes", "skipped_steps")
-    return table([(name, f"{last[name]:.5g}" if isinstance(last[name], float) else last[name]) for name in shown if name in last])
+    texts = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in last.items()}
+    return table([(name, texts[name]) for name in _SHOWN if name in texts])
 
 
 def _by_timestep(rows: Sequence[dict[str, Any]]) -> bytes:
     figure, axes = _axes()
-    for prefix in ("loss_by_t/", "val/loss_by_t/"):
-        row = next((r for r in reversed(rows) if f"{prefix}0" in r), None)
-        if row is not None:
-            values = [row[name] for name in sorted((n for n in row if n.startswith(prefix)), key=lambda n: int(n.rsplit("/", 1)[1]))]
-            axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, marker="o", label=prefix.rsplit("/", 2)[0])
+    for name in ("loss_by_t", "val/loss_by_t"):
+        row = next((r for r in reversed(rows) if f"{name}/0" in r), {})
+        values = [row[f"{name}/{i}"] for i in range(len(row)) if f"{name}/{i}" in row]
+        axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, marker="o", label=name)
     axes.set_xlabel("t")
     axes.legend()
     return _png(figure)

@@ -1,4 +1,4 @@
-"""Where a run writes: `runs/<name>/{config.yaml, metrics.jsonl, keys.jsonl, quarantine.jsonl, checkpoints/, samples/, ...}`."""
+"""Where a run writes: `runs/<name>/{config.yaml, metrics.jsonl, keys.jsonl, checkpoints/, samples/, ...}`."""
 
 import json
 import re

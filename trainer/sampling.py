@@ -1,4 +1,4 @@
-"""Pictures from a run's networks, in lockstep over all ranks; shared by training's sample grids and `millrace sample`."""
+"""Pictures from networks, in lockstep over all ranks: for training's sample grids and for `millrace sample`."""
 
 import json
 import math

@@ -15,7 +15,7 @@ from trainer.callbacks import Every, Log, UpdateEma
 from trainer.distributed import World, barrier, joined
 from trainer.hardware import peak_flops
 from trainer.init_from import InitFrom
-from trainer.loop import Run, fit
+from trainer.loop import Callback, Run, fit
 from trainer.meter import Meter
 from trainer.networks import build_networks
 from trainer.passes import Passes
@@ -168,7 +168,7 @@ def train(config: Any, world: World) -> None:
         state.save(step)
 
     logging_ = Log(meter, tracker, config.steps, config.log.every)
-    callbacks = [UpdateEma(ema), logging_, Every(serving.flush, config.log.every, config.steps, meter)]
+    callbacks: list[Callback] = [UpdateEma(ema), logging_, Every(serving.flush, config.log.every, config.steps, meter)]
     if held_out is not None and config.validation.every is not None:
         batches = validation_batches(held_out, config.validation.samples, slice_size, world.rank, world.size)
         validation = Validation(batches, config.validation.times)

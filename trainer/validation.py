@@ -15,6 +15,7 @@ from trainer.ema import Ema
 from trainer.engines.base import Engine
 from trainer.objectives.diffusion import Diffusion, latents
 
+
 class Validation:
     """The loss of held-out samples at equidistant times (SD3, arXiv 2403.03206, section 5.3: eight of them).
 
@@ -72,7 +73,7 @@ def validation_batches(split: TarSplit, samples: int, size: int, rank: int, worl
         samples: how many at most; fewer where the split has fewer.
         size: samples in a batch.
     """
-    totals = sum(compiled.totals for compiled in split.compiled.values())
+    totals = split.totals()
     size = min(size, int(max(totals)))
     # No more slices than one epoch has, so that no sample counts twice.
     slices = max(1, min(samples // size, int(sum(total // size for total in totals))))

@@ -1,6 +1,5 @@
 """`millrace train` as users run it: one run on any ranks, engine and workers; killed and resumed; never a pickle."""
 
-import json
 import os
 import random
 import signal
@@ -99,7 +98,9 @@ def weights_equal(folder: Path, one: str, two: str) -> bool:
 
 def test_a_run_shows_what_it_did(folder, reference):
     run = folder / "runs" / "reference"
-    assert {"config.yaml", "metrics.jsonl", "keys.jsonl", "checkpoints", "report.html"} <= {p.name for p in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "keys.jsonl", "checkpoints", "report.html"} <= {
+        p.name for p in run.iterdir()
+    }
     row = reference[-1]
     for key in ("loss", "grad_norm", "lr", "samples", "samples_per_s", "data_wait", "peak_memory_bytes", "val/loss"):
         assert isinstance(row[key], int | float), key
@@ -142,8 +143,10 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(folder):
         # Let it take a few steps beyond where it was, then kill every process of the run at once.
         goal = lines + rng.randint(1, 6)
         while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and metrics.read_text().count("\n") != lines and (
-                metrics.read_text().count("\n") >= goal
+            if (
+                metrics.exists()
+                and metrics.read_text().count("\n") != lines
+                and (metrics.read_text().count("\n") >= goal)
             ):
                 break
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""An objective turns networks and a batch into losses, in one or more phases. The loop knows phases, and no paper's name."""
+"""An objective turns networks and a batch into losses, in phases. The loop knows phases, and no paper's name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ class Phase:
 
     Args:
         name: appears in logs and checkpoints.
-        trainable: names of the networks that the phase updates; each network belongs to at most one phase. Networks of
-            no phase are frozen. While a phase runs, the other phases' networks are frozen too, but let gradients through.
+        trainable: names of the networks that the phase updates; each belongs to at most one phase. Networks of no phase
+            are frozen. While a phase runs, the other phases' networks are frozen too, but let gradients through.
     """
 
     name: str
