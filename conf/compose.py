@@ -49,11 +49,16 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
 
 
 def _opened(override: str) -> str:
-    """The override, once it parses; one under a mapping whose names are the user's may also add (Hydra's ++)."""
+    """The override as Hydra takes it: a value that does not parse is text (`where=width > 64`), and one under a mapping
+    whose names are the user's own may add (Hydra's ++)."""
     try:
         OverridesParser.create().parse_override(override)
     except HydraException as error:
-        raise ConfigError(f"{override!r} is no override, which looks like key=value: {_first_line(error)}.") from error
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is no override: it should look like key=value.") from error
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        override = f"{key}='{escaped}'"
     return f"++{override}" if override.startswith(_OPEN) else override
 
 

@@ -5,11 +5,12 @@ Heavy libraries are imported by the job that needs them, so that help and mistak
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
 from conf.errors import ConfigError
+
+_TRACEBACK = "MILLRACE_TRACEBACK"
 
 JOBS = {
     "index": ("data.index", "read tar headers once and write the manifest beside the shards"),
@@ -46,9 +47,8 @@ def main() -> None:
 
 
 def execute(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit status: 0, or 2 after one sentence about the user's mistake on stderr.
-
-    Any other exception passes.
+    """Run a command line and return its exit status: 0; 2 after one sentence on stderr about a mistake in the command;
+    1 after one about its data, files or stores. Any other exception passes.
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -58,12 +58,15 @@ def execute(arguments: Sequence[str]) -> int:
         if job not in JOBS:
             raise ConfigError(f"There is no job {job!r}; the jobs are {', '.join(JOBS)}.")
         _run(job, overrides)
-    except (ValueError, OSError, RuntimeError) as error:
-        # What users cause is a ValueError, what stores and disks cause an OSError; bugs raise these now and then too.
-        if not isinstance(error, ConfigError) and os.environ.get("MILLRACE_TRACEBACK", "") != "0":
-            traceback.print_exc()
+    except ConfigError as error:
         print(f"millrace: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2
+    except (ValueError, OSError) as error:
+        # What users cause is a ValueError, what stores and disks cause an OSError; but bugs raise these too.
+        if os.environ.get(_TRACEBACK):
+            raise
+        print(f"millrace: {error} ({_TRACEBACK}=1 shows where this was raised)", file=sys.stderr)
+        return 1
     return 0
 
 

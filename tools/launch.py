@@ -6,13 +6,13 @@ Under an existing `torchrun` or SLURM task nothing is started: the command joins
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from conf.errors import ConfigError
 
 _LAUNCHED = ("RANK", "LOCAL_RANK")
+_SENTENCE = "millrace: "
 
 
 def wants_ranks(config: DictConfig) -> bool:
@@ -53,11 +53,9 @@ def launch(job: str, overrides: list[str], config: DictConfig) -> None:
     try:
         elastic_launch(settings, sys.executable)(*command)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        reason = _last_words(Path(failure.error_file).parent) if failure.error_file else ""
+        rank, _ = error.get_first_failure()
         raise ConfigError(
-            f"rank {rank} of {job!r} failed ({failure.message.strip().splitlines()[0]}){reason}; "
-            f"its whole output is under {logs}."
+            f"rank {rank} of {job!r} failed{_last_words(logs, rank)}; its whole output is under {logs}."
         ) from error
 
 
@@ -66,8 +64,10 @@ def run_directory(config: DictConfig) -> Path:
     return Path(config.get("runs", "runs")) / str(config.get("name", "job"))
 
 
-def _last_words(folder: Path) -> str:
-    """The last line that a failed rank wrote to stderr."""
-    log: Any = folder / "stderr.log"
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return f": {lines[-1]}" if lines else ""
+def _last_words(logs: Path, rank: int) -> str:
+    """The sentence, or else the last line, that a rank wrote to stderr in the newest start."""
+    written = sorted(logs.glob(f"*/attempt_*/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)
+    lines = written[-1].read_text(errors="replace").strip().splitlines() if written else []
+    sentences = [line.removeprefix(_SENTENCE) for line in lines if line.startswith(_SENTENCE)]
+    words = (sentences or lines)[-1:]
+    return f": {words[0].rstrip('.')}" if words else ""

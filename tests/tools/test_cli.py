@@ -54,13 +54,19 @@ def test_help_of_train_names_groups_and_choices(capsys):
         (["train", "process.density._target_=models.densities.Nowhere"], ["process.density._target_", "Nowhere"]),
         (["train", "engine.precision=fp7"], ["engine.precision", "fp7"]),
         (["train", "log.every=often"], ["log", "every"]),
-        (["train", "steps=[1"], ["steps=[1"]),
+        (["train", "steps=[1"], ["steps='[1'", "integer"]),
+        (["train", "steps"], ["'train=steps'", "group"]),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_it(arguments, named, capsys):
     sentence = one_sentence(capsys, *arguments)
     for part in named:
         assert part in sentence
+
+
+def test_a_clause_needs_no_quotes_of_hydras():
+    clause = "width > 64 and caption <> 'it''s'"
+    assert compose("train", [f"data.sources.a.where={clause}"]).data.sources.a.where == clause
 
 
 def test_tiny_shrinks_by_class_below_the_command_line():
