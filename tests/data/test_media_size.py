@@ -59,6 +59,15 @@ def test_sizes_are_those_of_the_upright_picture(form, orientation):
     assert (found.width, found.height) == upright(content) == ((30, 40) if orientation >= 5 else (40, 30))
 
 
+def test_exif_behind_webp_data_of_odd_and_even_length():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pictures = [picture(40, 30, "WEBP", seed=seed, exif=exif) for seed in range(12)]
+    lengths = {struct.unpack_from("<I", p, p.index(b"VP8 ") + 4)[0] % 2 for p in pictures}
+    assert lengths == {0, 1}
+    assert {(s.width, s.height) for s in (image_size(ranged(p)) for p in pictures)} == {(30, 40)}
+
+
 def test_orientation_in_either_byte_order():
     for order, mark in (("<", b"II"), (">", b"MM")):
         entry = struct.pack(order + "HHIHH", 0x0112, 3, 1, 6, 0)

@@ -159,6 +159,12 @@ def test_the_fingerprint_is_of_the_rows(world, tmp_path):
     )
 
 
+def test_equally_many_other_rows_have_another_fingerprint(world, tmp_path):
+    store, manifests, _ = world
+    one, other = (select(manifests, store, f"key = '1-{i}'", cache_folder=str(tmp_path)).fingerprint for i in (0, 1))
+    assert one != other
+
+
 @pytest.mark.parametrize(
     ("where", "words"),
     [
