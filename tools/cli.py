@@ -71,14 +71,15 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 def _run(job: str, overrides: list[str]) -> None:
-    from conf.compose import compose, describe
+    from conf.compose import ROOT, compose, describe
 
     if "-h" in overrides or "--help" in overrides:
         print(describe(job, JOBS[job][1]))
         return
     show = "--cfg" in overrides
-    # `millrace bench plan` is short for `millrace bench bench=plan`.
-    overrides = [f"{job}={o}" if o.isidentifier() else o for o in overrides if o != "--cfg"]
+    overrides = [o for o in overrides if o != "--cfg"]
+    if (ROOT / job).is_dir():  # `millrace bench plan` is short for `millrace bench bench=plan`
+        overrides = [f"{job}={o}" if o.isidentifier() else o for o in overrides]
     config = compose(job, overrides)
     if show:
         from omegaconf import OmegaConf

@@ -55,7 +55,7 @@ def test_help_of_train_names_groups_and_choices(capsys):
         (["train", "engine.precision=fp7"], ["engine.precision", "fp7"]),
         (["train", "log.every=often"], ["log", "every"]),
         (["train", "steps=[1"], ["steps='[1'", "integer"]),
-        (["train", "steps"], ["'train=steps'", "group"]),
+        (["train", "steps"], ["'steps'", "key=value"]),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_it(arguments, named, capsys):
