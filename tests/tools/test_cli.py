@@ -99,3 +99,25 @@ def test_works_from_any_folder_even_one_with_our_packages_names(tmp_path):
         check=True,
     )
     assert "steps: 7" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_same_command_joins_an_existing_torchrun(tmp_path):
+    from tools.demo.scenes import write_tars
+
+    write_tars(tmp_path / "scenes", 40, seed=0)
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "tools.cli", "train", "scale=tiny", "name=joined", f"runs={tmp_path}/runs", "steps=2"),
+            # Asked for again, these ranks are not started a second time.
+            *("cluster.processes=2", "samples.every=null", "log.wandb=null"),
+            *(f"data.sources.scenes.shards={tmp_path}/scenes", f"data.cache_folder={tmp_path}/cache"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len((tmp_path / "runs" / "joined" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "runs" / "joined" / "logs").exists()
