@@ -9,13 +9,16 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,14 @@ def joined(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
     world = start(device, timeout_s)
     yield world
     end(world)
+
+
+def first_on_node(world: World, work: Callable[[], T]) -> T:
+    """`work`'s result, done first by one rank of each node, so that the others find its cached files. Collective."""
+    if world.local_rank == 0:
+        result = work()
+    barrier()
+    return result if world.local_rank == 0 else work()
 
 
 def barrier() -> None:

@@ -12,7 +12,7 @@ from conf.schema import build
 from data.plan import lanes_of, split_batch
 from data.records import RecordWriter
 from trainer.callbacks import Every, Log, UpdateEma
-from trainer.distributed import World, barrier, joined
+from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.hardware import peak_flops
 from trainer.init_from import InitFrom
 from trainer.loop import Callback, Run, fit
@@ -119,7 +119,7 @@ def train(config: Any, world: World) -> None:
 
     # Data: what each slice holds, and which of them this rank serves.
     data, buckets = build(config.data), build(config.buckets)
-    split = data.open(buckets)
+    split = first_on_node(world, lambda: data.open(buckets))
     lanes, slice_size = split_batch(config.batch, config.lanes)
     mine = lanes_of(world.rank, world.size, lanes)
 
@@ -161,7 +161,7 @@ def train(config: Any, world: World) -> None:
         meter,
         world.device,
     )
-    held_out = data.open(buckets, "validation") if data.holdout else None
+    held_out = first_on_node(world, lambda: data.open(buckets, "validation")) if data.holdout else None
 
     def save(step: int) -> None:
         serving.flush(step)
