@@ -106,8 +106,11 @@ class Engine(Protocol):
     """Owns the networks of a run. `networks` are called like plain modules by the objective: trainable ones only by
     `network(...)`, since that is where their weights are gathered. They take and give float32."""
 
-    networks: Mapping[str, nn.Module]
     device: torch.device
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """All networks of the run, by name."""
 
     def backward(self, phase: Phase, loss: Tensor) -> None:
         """Accumulate a pass's gradient for the phase's networks. Gradients of all ranks and passes are *summed*: the
