@@ -56,8 +56,7 @@ class Process:
 
     def sample_t(self, u: Tensor) -> Tensor:
         """Training times (n,) for u (n,) uniform in [0, 1): density, then resolution shift."""
-        t = self.density.sample(u).clamp(_FIRST_TIME, _LAST_TIME)
-        return self.path.shift(t, self.shift).clamp(_FIRST_TIME, _LAST_TIME)
+        return self.path.shift(self.density.sample(u), self.shift).clamp(_FIRST_TIME, _LAST_TIME)
 
     def validation_times(self, count: int) -> Tensor:
         """(count,) float32, the midpoints of `count` equal parts of [0, 1]: both ends are singular for some paths."""

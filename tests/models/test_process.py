@@ -166,8 +166,9 @@ def test_shifted_logit_normal_times_are_logit_normal_with_a_shifted_mean():
 
 
 @pytest.mark.parametrize("name", FORMULATIONS)
-def test_the_first_and_last_uniform_numbers_give_finite_training_quantities(name: str):
-    process = process_of(name)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_first_and_last_uniform_numbers_give_finite_training_quantities(name: str, shift: float):
+    process = process_of(name, f"process.shift={shift}")
     t = process.sample_t(torch.tensor([0.0, 0.5, 1 - 2.0**-24]))
     x0, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     x_t = process.add_noise(x0, noise, t)
