@@ -346,8 +346,7 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features) float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), self.bias.float())
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class PatchEmbedding(nn.Conv2d):
