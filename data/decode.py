@@ -1,8 +1,8 @@
 """Encoded image to RGB pixels: the fastest maintained decoder of each format that is also right.
 
-JPEG goes through libjpeg-turbo (simplejpeg), which can decode at 1/2, 1/4 or 1/8 of the size far faster;
-everything else through Pillow, which knows palettes, transparency and 16-bit samples, and refuses truncated files (OpenCV
-decodes PNG about 20 % faster and WebP no faster, but leaves these cases to the caller). Colour profiles are not applied.
+JPEG goes through libjpeg-turbo (simplejpeg), which can decode at 1/2, 1/4 or 1/8 of the size far faster; all else
+through Pillow, which knows palettes, transparency and 16-bit samples, and refuses truncated files. (OpenCV decodes PNG
+about 20 % faster and WebP no faster, but leaves these cases to the caller.) Colour profiles are not applied.
 """
 
 import io

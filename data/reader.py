@@ -81,7 +81,7 @@ class _Row:
     offsets: list[int]
     sizes: list[int]
     checksums: list[bytes] | None
-    captions: dict[str, str | None]
+    captions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class SliceReader(Dataset[Delivery]):
     ) -> None:
         self.sources, self.buckets, self.store, self.seed = tuple(sources), buckets, store, seed
         self.crop, self.flip, self.max_pixels, self.concurrency = crop, flip, max_pixels, concurrency
-        self._manifests = [ManifestReader(store, source.selection.manifests, source.selection.digests) for source in self.sources]
+        selections = [source.selection for source in self.sources]
+        self._manifests = [ManifestReader(store, chosen.manifests, chosen.digests) for chosen in selections]
 
     def __getitem__(self, planned: PlannedSlice) -> Delivery:
         """Read a slice.
@@ -140,28 +141,9 @@ class SliceReader(Dataset[Delivery]):
                 return error
 
         framed = self._map(load, rows)
-        order = list(range(len(rows)))
-        bad = {slot: outcome for slot, outcome in enumerate(framed) if isinstance(outcome, ContentError)}
-        quarantine = []
-        if bad:
-            good = [slot for slot in order if slot not in bad]
-            if not good:
-                raise BadSliceError(self._nothing_good(planned, rows, bad))
-            for slot, error in bad.items():
-                order[slot] = good[mix64(self.seed, planned.step, planned.lane, slot, _REPLACE) % len(good)]
-                framed[slot] = load(slot, order[slot])
-                quarantine.append(
-                    QuarantineLine(
-                        step=planned.step,
-                        lane=planned.lane,
-                        slot=slot,
-                        source=source.name,
-                        shard=redact(rows[slot].shard),
-                        key=rows[slot].key,
-                        reason=str(error),
-                        replaced_by=rows[order[slot]].key,
-                    )
-                )
+        order, quarantine = self._replace(planned, rows, framed)
+        for line in quarantine:
+            framed[line.slot] = load(line.slot, order[line.slot])
         done = [self._expect(outcome, rows[member]) for outcome, member in zip(framed, order, strict=True)]
         batch = Batch(
             draws=draws,
@@ -174,6 +156,33 @@ class SliceReader(Dataset[Delivery]):
         )
         return Delivery(planned, batch, quarantine)
 
+    def _replace(
+        self, planned: PlannedSlice, rows: list[_Row], outcomes: list[_Framed | ContentError]
+    ) -> tuple[list[int], list[QuarantineLine]]:
+        """Which member fills each slot, itself where it is good, and a line for each that is not."""
+        order = list(range(len(rows)))
+        bad = {slot: outcome for slot, outcome in enumerate(outcomes) if isinstance(outcome, ContentError)}
+        if not bad:
+            return order, []
+        good = [slot for slot in order if slot not in bad]
+        if not good:
+            raise BadSliceError(self._nothing_good(planned, rows, bad))
+        lines = []
+        for slot, error in bad.items():
+            order[slot] = good[mix64(self.seed, planned.step, planned.lane, slot, _REPLACE) % len(good)]
+            line = QuarantineLine(
+                step=planned.step,
+                lane=planned.lane,
+                slot=slot,
+                source=self.sources[planned.source].name,
+                shard=redact(rows[slot].shard),
+                key=rows[slot].key,
+                reason=str(error),
+                replaced_by=rows[order[slot]].key,
+            )
+            lines.append(line)
+        return order, lines
+
     def _look_up(self, planned: PlannedSlice) -> list[_Row]:
         source, reader = self.sources[planned.source], self._manifests[planned.source]
         by_shard: dict[int, list[tuple[int, int]]] = {}
@@ -185,13 +194,13 @@ class SliceReader(Dataset[Delivery]):
             values = reader.rows(shard, [row for _, row in places], columns)
             for i, (slot, _) in enumerate(places):
                 key, extensions, offsets, sizes, checksums = (values[name][i] for name in _MEMBER_COLUMNS)
-                captions = {name: values[name][i] for name in source.captions}
+                captions = {name: _text(values[name][i]) for name in source.captions}
                 url = source.selection.shards[shard]
                 found[slot] = _Row(url, key, extensions, offsets, sizes, checksums, captions)
         return [found[slot] for slot in range(len(found))]
 
     def _map(
-        self, load: Callable[[int, int], "_Framed | ContentError"], rows: list[_Row]
+        self, load: Callable[[int, int], _Framed | ContentError], rows: list[_Row]
     ) -> list[_Framed | ContentError]:
         """Load every member to its own slot: one after the other from a local disk, else with requests in parallel."""
         slots = range(len(rows))
@@ -261,7 +270,7 @@ def _header_fits(header: bytes, key: str, extension: str, size: int) -> bool:
 def _draw_captions(draws: Draws, weights: dict[str, float], rows: list[_Row]) -> list[str]:
     columns = list(weights)
     if len(columns) == 1:
-        return [row.captions[columns[0]] or "" for row in rows]
+        return [row.captions[columns[0]] for row in rows]
     total = sum(weights.values())
     captions = []
     for u, row in zip(draws.unit("caption"), rows, strict=True):
@@ -275,3 +284,7 @@ def _draw_captions(draws: Draws, weights: dict[str, float], rows: list[_Row]) ->
         others = (row.captions[column] for column in columns)
         captions.append(row.captions[drawn] or next((caption for caption in others if caption), ""))
     return captions
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)

@@ -11,7 +11,7 @@ from data.compiled import Compiled, compile_sizes
 from data.dataset import Loader
 from data.decode import MAX_PIXELS
 from data.index import ensure_indexed
-from data.manifest import STRUCTURE, Checksum, Manifest, ManifestReader, open_parquet
+from data.manifest import STRUCTURE, Checksum, Manifest, ManifestReader, open_parquet, open_scores, score_names
 from data.plan import Plan, PlanSource
 from data.reader import ReaderSource, SliceReader
 from data.selection import Selection, Split, select
@@ -144,6 +144,10 @@ class TarData:
             with open_parquet(manifest.url, self.store) as file:
                 seen.update(file.schema_arrow.names)
             missing = missing - seen
+        for filter_name in score_names(manifests[0].url, self.store) if missing else []:
+            with open_scores(manifests[0], filter_name, self.store) as file:
+                seen.update(file.schema_arrow.names)
+        missing = missing - seen
         if missing:
             raise ValueError(f"source {name!r} has no caption column {min(missing)!r}; its columns are {sorted(seen)}")
 

