@@ -102,7 +102,8 @@ def _cell(batch: Batch, index: int, font: ImageFont.FreeTypeFont, line_height: i
 
 def _wrap(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
     """The caption's beginning in lines that fit a cell; broken anywhere, as not every language has spaces."""
-    lines, rest = [], " ".join(caption.split())
+    lines: list[str] = []
+    rest = " ".join(caption.split())
     while rest and len(lines) < _LINES:
         length = len(rest)
         while font.getlength(rest[:length]) > _CELL:

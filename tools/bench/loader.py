@@ -49,7 +49,7 @@ def run(
         urls = sorted(str(p) for p in root.glob("*.tar"))
         if not urls:
             urls = write_photos(root, shards, per_shard)
-        # Indexing and selecting are done once for many runs; as much is read ahead per worker as torch and webdataset do.
+        # Indexing and selecting are done once for many runs. Two batches per worker are read ahead, as in webdataset.
         cache = str(Path(temporary) / "cache")
         data = TarData({"photos": Source(urls)}, prefetch=2 * max(workers) or 1, cache_folder=cache)
         split = data.open(Square(size))
