@@ -52,7 +52,7 @@ def run(
     if clock == "process" and threads != 1:
         raise ValueError("clock=process adds up the threads' time: use it with threads=1")
     torch.set_num_threads(threads)
-    results: dict[str, Any] = {"torch": torch.__version__, "threads": threads, "clock": clock, "cpu": {}}
+    results: dict[str, Any] = {"threads": threads, "clock": clock, "cpu": {}}
     for width in widths:
         config = {
             "num_layers": layers,
