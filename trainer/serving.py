@@ -1,11 +1,14 @@
 """The data plane as the loop sees it: batches on the device, the waiting counted, the records written."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
 from data.batch import Batch
 from data.dataset import Loader
 from data.records import RecordWriter
+from trainer.distributed import is_main
 from trainer.meter import Meter
 
 
@@ -14,16 +17,18 @@ class Serving:
 
     Args:
         loader: of the rank's lanes.
-        writer: of the run's record files, on the main rank only.
+        folder: of the run, to whose record files the main rank writes.
+        start: the first step to be served.
         meter: is told how long the loop waited.
         device: where batches go.
     """
 
-    def __init__(self, loader: Loader, writer: RecordWriter | None, meter: Meter, device: torch.device):
+    def __init__(self, loader: Loader, folder: Path, start: int, meter: Meter, device: torch.device):
         self._loader = loader
-        self._writer = writer
+        self._folder = folder
         self._meter = meter
         self._device = device
+        self._writer = RecordWriter(folder, start) if is_main() else None
 
     def step(self, step: int) -> list[Batch]:
         """See `trainer.loop.Loader`."""
@@ -41,6 +46,12 @@ class Serving:
             dist.gather_object(records, gathered)
         if self._writer is not None:
             self._writer.write(gathered)
+
+    def rewind(self, step: int) -> None:
+        """Forget the records of `step` and later ones: they are served again, or passed over."""
+        self._loader.drain()
+        if self._writer is not None:
+            self._writer = RecordWriter(self._folder, step)
 
     def close(self) -> None:
         """Stop the workers."""

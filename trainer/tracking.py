@@ -40,7 +40,6 @@ class Tracker:
             return
         from tqdm import tqdm
 
-        self._file = directory.metrics.open("a", buffering=1)
         self._bar = tqdm(total=steps, initial=start, desc=directory.path.name, unit="step", dynamic_ncols=True)
         if wandb is not None:
             self._wandb = _start_wandb(directory, config, wandb)
@@ -54,7 +53,8 @@ class Tracker:
         """Write a row of numbers; it holds "step"."""
         if self._bar is None:
             return
-        self._file.write(json.dumps(row) + "\n")
+        with self._directory.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         shown = {k: f"{row[k]:.4g}" for k in ("loss", "val/loss", "samples_per_s") if row.get(k) is not None}
         self._bar.set_postfix(shown, refresh=False)
         if self._wandb is not None:
@@ -71,7 +71,6 @@ class Tracker:
         """Flush everything."""
         if self._bar is not None:
             self._bar.close()
-            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

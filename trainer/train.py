@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 
 from conf.schema import build
 from data.plan import lanes_of, split_batch
-from data.records import RecordWriter
 from trainer.callbacks import Every, Log, UpdateEma
 from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.hardware import peak_flops
@@ -156,16 +155,21 @@ def train(config: Any, world: World) -> None:
     tracker = Tracker(directory, plain, config.steps, state.step, config.log.wandb, world.is_main)
     on_gpu = world.device.type == "cuda"
     serving = Serving(
-        split.loader(state.segments.plan, mine, pin_memory=on_gpu),
-        RecordWriter(directory.path, state.step) if world.is_main else None,
-        meter,
-        world.device,
+        split.loader(state.segments.plan, mine, pin_memory=on_gpu), directory.path, state.step, meter, world.device
     )
     held_out = first_on_node(world, lambda: data.open(buckets, "validation")) if data.holdout else None
 
     def save(step: int) -> None:
         serving.flush(step)
         state.save(step)
+
+    def roll_back(bad: list[int]) -> int:
+        step = state.roll_back(bad)
+        serving.rewind(step)
+        if world.is_main:
+            directory.rewind(step)
+        meter.restart()
+        return step
 
     logging_ = Log(meter, tracker, config.steps, config.log.every)
     callbacks: list[Callback] = [UpdateEma(ema), logging_, Every(serving.flush, config.log.every, config.steps, meter)]
@@ -205,7 +209,7 @@ def train(config: Any, world: World) -> None:
         meter=meter,
         callbacks=callbacks,
         patience=config.patience,
-        roll_back=state.roll_back,
+        roll_back=roll_back,
         stopping=stopping,
         skipped_steps=state.skipped,
     )

@@ -1,5 +1,6 @@
 """`millrace train` as users run it: one run on any ranks, engine and workers; killed and resumed; never a pickle."""
 
+import json
 import os
 import random
 import signal
@@ -47,7 +48,7 @@ def command(folder: Path, name: str, *overrides: str) -> list[str]:
 
 
 def start(folder: Path, name: str, *overrides: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
         command(folder, name, *overrides),
         stdout=subprocess.PIPE,
@@ -228,3 +229,38 @@ def test_the_dry_run_writes_a_contact_sheet_and_stops(folder):
     assert process.returncode == 0, output
     assert (folder / "runs" / "dry" / "contact_sheet.png").stat().st_size > 1000
     assert not (folder / "runs" / "dry" / "checkpoints").exists()
+
+
+def not_finite_at(*steps: int) -> list[str]:
+    return [
+        "objective._target_=tests.trainer.faulty.NotFiniteAt",
+        f"+objective.steps=[{','.join(map(str, steps))}]",
+        "cluster.processes=2",
+    ]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_skipped_and_counted_by_all_ranks(folder, reference):
+    rows = train(folder, "one_bad", *not_finite_at(3), "patience=2", "steps=6")
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["loss"] for row in rows[:3]] == pytest.approx([row["loss"] for row in reference[:3]], rel=1e-4)
+    assert all(row["loss"] == row["loss"] for row in rows[4:])
+
+
+@pytest.mark.slow
+def test_a_run_of_bad_steps_rolls_back_and_passes_over_them(folder):
+    rows = train(folder, "rolled_back", *not_finite_at(7, 8, 9), "patience=3", "steps=14", "checkpoint.every=5")
+    again = [row["step"] for row in rows]
+    assert again == [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 14]
+    record = json.loads((folder / "runs/rolled_back/checkpoints/step_00000014/checkpoint.json").read_text())
+    assert record["skipped_steps"] == [7, 8, 9]
+    # Resumed from there, they stay skipped.
+    assert train(folder, "rolled_back", *not_finite_at(7, 8, 9), "steps=16")[-1]["step"] == 16
+    assert [step for step, lane, _ in keys(folder, "rolled_back") if lane == 0] == [*range(7), *range(10, 16)]
+
+
+def test_without_a_checkpoint_to_go_back_to_it_says_so(folder):
+    process = start(folder, "hopeless", *not_finite_at(0, 1, 2), "patience=3")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "3 steps in a row (0 to 2) had no finite gradient" in output
