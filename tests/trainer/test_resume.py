@@ -87,6 +87,7 @@ def reference():
     return losses, join([held], "all")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saving", "loading"),
     [

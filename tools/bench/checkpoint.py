@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,17 +43,16 @@ def run(
         ranks: gloo processes on this machine, one thread each.
         layers, heads: MMDiT's size; 10 and 6 give 53 million parameters, with two moments 640 MB of state.
         repeats: rounds; times are medians, ratios are medians over the rounds' own ratios.
-        folder: where to write; by default a temporary folder.
+        folder: where to write, leaving nothing; by default the system's temporary folder.
     """
-    place: AbstractContextManager[str] = nullcontext(folder) if folder else tempfile.TemporaryDirectory()
-    with place as where:
+    with tempfile.TemporaryDirectory(dir=folder) as where:
         return _on_ranks(ranks, (Path(where), layers, heads, repeats))
 
 
 def _on_ranks(ranks: int, settings: tuple[Path, int, int, int]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    rendezvous = settings[0] / f"rendezvous-{os.getpid()}"
+    rendezvous = settings[0] / "rendezvous"
     processes = [context.Process(target=_rank, args=(r, ranks, rendezvous, sending, settings)) for r in range(ranks)]
     for process in processes:
         process.start()
