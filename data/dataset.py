@@ -106,8 +106,8 @@ class Loader:
         assert self._deliveries is not None
         try:
             delivery = next(self._deliveries)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or type(error) is not RuntimeError:
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not self._tells_of_a_dead_worker(error):
                 raise
             raise LoaderError(
                 f"a data worker died before step {step}, lane {lane} was read ({str(error).strip()}): if memory ran"
@@ -117,6 +117,12 @@ class Loader:
         assert (planned.step, planned.lane) == (step, lane), "deliveries come in the plan's order"
         self._account(delivery)
         return delivery.batch
+
+    def _tells_of_a_dead_worker(self, error: Exception) -> bool:
+        """DataLoader says so, or the connection broke over which the dead worker's tensors are passed on."""
+        if isinstance(error, RuntimeError):
+            return type(error) is RuntimeError and str(error).startswith("DataLoader worker")
+        return self._loader.num_workers > 0
 
     def _account(self, delivery: Delivery) -> None:
         planned, batch = delivery.planned, delivery.batch

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -69,6 +70,22 @@ class Delivery:
 
     def pin_memory(self) -> "Delivery":
         return Delivery(self.planned, self.batch.pin_memory(), self.quarantine)
+
+    def __reduce__(self) -> tuple:
+        # Between processes, torch moves every tensor through shared memory at the price of an open file descriptor and
+        # a message: right for the images, too much for the small ones.
+        batch = self.batch
+        small = {"original_size": batch.original_size, "crop": batch.crop, **batch.fields}
+        arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in small.items()}
+        parts = (batch.draws, batch.keys, batch.captions, batch.images, arrays)
+        return _delivery, (self.planned, parts, self.quarantine)
+
+
+def _delivery(planned: PlannedSlice, parts: tuple, quarantine: list[QuarantineLine]) -> Delivery:
+    draws, keys, captions, images, arrays = parts
+    fields = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in arrays.items()}
+    original_size, crop = fields.pop("original_size"), fields.pop("crop")
+    return Delivery(planned, Batch(draws, keys, captions, images, original_size, crop, fields), quarantine)
 
 
 @dataclass(frozen=True)
