@@ -74,7 +74,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
 def _by_timestep(rows: Sequence[dict[str, Any]]) -> bytes:
     figure, axes = _axes()
     for name in ("loss_by_t", "val/loss_by_t"):
-        row = next((r for r in reversed(rows) if f"{name}/0" in r), {})
+        row: dict[str, Any] = next((r for r in reversed(rows) if f"{name}/0" in r), {})
         values = [row[f"{name}/{i}"] for i in range(len(row)) if f"{name}/{i}" in row]
         axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, marker="o", label=name)
     axes.set_xlabel("t")

@@ -9,7 +9,9 @@ import torch
 from omegaconf import OmegaConf
 
 from conf.schema import build
-from data.plan import lanes_of, split_batch
+from data.inspect import bucket_table, contact_sheet
+from data.plan import Plan, lanes_of, split_batch
+from data.tars import TarSplit
 from trainer.callbacks import Every, Log, UpdateEma
 from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.hardware import peak_flops
@@ -29,6 +31,9 @@ from trainer.tracking import Tracker
 from trainer.validation import Validation, validation_batches
 
 log = logging.getLogger(__name__)
+
+# Batches on a dry run's contact sheet.
+_SHEET_ROWS = 12
 
 
 @dataclass
@@ -98,6 +103,16 @@ class Config:
     samples: SamplesConfig
 
 
+def dry_run(split: TarSplit, plan: Plan, directory: RunDirectory) -> None:
+    """Write a contact sheet of real batches, one lane after another of the first steps, and print the buckets' fill."""
+    loader = split.loader(plan, range(plan.lanes), workers=0)
+    batches = [batch for step in range(2) for batch in loader.step(step)][:_SHEET_ROWS]
+    path = directory.path / "contact_sheet.png"
+    table = bucket_table(plan)
+    contact_sheet(batches, path, table)
+    print(f"{table}\n{path}")
+
+
 def run(config: Any) -> None:
     """Train, or go on training, the run of this config."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -121,6 +136,11 @@ def train(config: Any, world: World) -> None:
     split = first_on_node(world, lambda: data.open(buckets))
     lanes, slice_size = split_batch(config.batch, config.lanes)
     mine = lanes_of(world.rank, world.size, lanes)
+
+    if config.dry_run:
+        if world.is_main:
+            dry_run(split, split.plan(lanes, slice_size, config.seed), directory)
+        return
 
     # Networks, on an engine.
     objective = build(config.objective)
