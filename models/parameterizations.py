@@ -57,6 +57,14 @@ class Velocity(Parameterization):
         return -torch.ones_like(alpha), torch.ones_like(sigma)
 
 
+class Image(Parameterization):
+    """F = x_0: images lie near a surface of few dimensions, which a narrow network on large patches can follow, while
+    noise fills all of them ("x-prediction": JiT, arXiv 2511.13720)."""
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(alpha), torch.zeros_like(sigma)
+
+
 class EDMPreconditioning(Parameterization):
     """F of D(x) = c_skip x + c_out F(c_in x), on paths with alpha = 1 (EDM, arXiv 2206.00364, table 1).
 

@@ -12,12 +12,13 @@ from hydra.utils import instantiate
 
 import conf
 from models.densities import CosMap, LogitNormal, Mode, Uniform
-from models.parameterizations import EDMPreconditioning, Noise, V, Velocity
+from models.parameterizations import EDMPreconditioning, Image, Noise, V, Velocity
 from models.process import Process
 from models.schedules import EDM, Cosine, NoisePath, RectifiedFlow, ScaledLinear, VarianceExploding
 from models.weighting import MeasuredAs, Unweighted
 
-FORMULATIONS = ["rectified_flow", "eps_linear", "eps_cosine", "v_linear", "v_cosine", "edm", "edm_rf", "edm_cosine"]
+FORMULATIONS = ["rectified_flow", "rectified_flow_image", "eps_linear", "eps_cosine", "v_linear", "v_cosine"]
+FORMULATIONS += ["edm", "edm_rf", "edm_cosine"]
 PATHS = {
     "rectified flow": RectifiedFlow(),
     "cosine": Cosine(),
@@ -197,6 +198,7 @@ def test_the_targets_are_the_ones_of_their_papers():
     t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     angle = (t * math.pi / 2)[:, None]
     torch.testing.assert_close(plain(RectifiedFlow(), Velocity()).target(x0, noise, t), noise - x0)
+    torch.testing.assert_close(plain(RectifiedFlow(), Image()).target(x0, noise, t), x0)
     torch.testing.assert_close(plain(Cosine(), Noise()).target(x0, noise, t), noise)
     torch.testing.assert_close(plain(Cosine(), V()).target(x0, noise, t), angle.cos() * noise - angle.sin() * x0)
 
@@ -290,6 +292,7 @@ def test_validation_times_are_equidistant_and_inside():
 
 def test_sampling_starts_at_one_or_where_the_image_can_still_be_found():
     assert process_of("rectified_flow").start_time() == 1
+    assert process_of("rectified_flow_image").start_time() == 1
     assert process_of("v_cosine").start_time() == 1
     assert process_of("eps_linear").start_time() == 1
     for name in ["eps_cosine", "edm", "edm_rf", "edm_cosine"]:
