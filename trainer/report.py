@@ -28,11 +28,11 @@ def write_report(directory: RunDirectory, sections: Sequence[str] = ()) -> Path:
     rows = read_jsonl(directory.metrics) if directory.metrics.exists() else []
     parts = [f"<h1>{html.escape(directory.path.name)}</h1>", _summary(rows)]
     if rows:
-        parts.append(_figure(loss_curve(rows), "Training loss, and validation loss at fixed times."))
-        parts.append(_figure(_by_timestep(rows), "Loss by timestep (left: images, right: noise)."))
+        parts.append(figure_of(loss_curve(rows), "Training loss, and validation loss at fixed times."))
+        parts.append(figure_of(_by_timestep(rows), "Loss by timestep (left: images, right: noise)."))
     sheets = sorted(directory.samples.glob("step_*.png"))
     for sheet in sheets[-3:]:
-        parts.append(_figure(sheet.read_bytes(), f"Samples, {sheet.stem.replace('_', ' ')}."))
+        parts.append(figure_of(sheet.read_bytes(), f"Samples, {sheet.stem.replace('_', ' ')}."))
     parts += sections
     if directory.config.exists():
         parts.append(f"<h2>Configuration</h2><pre>{html.escape(directory.config.read_text())}</pre>")
@@ -61,6 +61,12 @@ def table(rows: Sequence[tuple[str, object]]) -> str:
     """HTML of a two-column table."""
     cells = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
     return f"<table>{''.join(cells)}</table>"
+
+
+def figure_of(png: bytes, caption: str) -> str:
+    """HTML of a picture with its caption; the PNG travels inside the page."""
+    data = base64.b64encode(png).decode()
+    return f"<figure><img src='data:image/png;base64,{data}'><figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
@@ -95,8 +101,3 @@ def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-
-def _figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f"<figure><img src='data:image/png;base64,{data}'><figcaption>{html.escape(caption)}</figcaption></figure>"
