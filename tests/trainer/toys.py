@@ -146,9 +146,7 @@ def toy_loss(phase: Phase, networks: Any, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             fake = networks["generator"](batch["image"])
         relu = nn.functional.relu
-        return 0.5 * (
-            relu(1 - networks["discriminator"](batch["image"])) + relu(1 + networks["discriminator"](fake))
-        )
+        return 0.5 * (relu(1 - networks["discriminator"](batch["image"])) + relu(1 + networks["discriminator"](fake)))
     with LastLayer(networks["generator"].exit) as last:
         fake = networks["generator"](batch["image"])
     nll = (fake - batch["image"]).abs().mean((1, 2, 3))
