@@ -8,7 +8,6 @@ multiprocessing's fork server, which has imported torch already, so that a new g
 """
 
 import atexit
-import functools
 import multiprocessing
 import os
 import tempfile
@@ -61,17 +60,22 @@ class Ranks:
 
     def close(self) -> None:
         """End the processes; the next `ranks(n)` starts new ones."""
-        ranks.cache_clear()
+        if _session.get(len(self._pipes)) is self:
+            del _session[len(self._pipes)]
         atexit.unregister(self.close)
         for process in self._processes:
             process.kill()
             process.join()
 
 
-@functools.cache
+_session: dict[int, Ranks] = {}
+
+
 def ranks(size: int) -> Ranks:
     """The session's process group of that many ranks."""
-    return Ranks(size)
+    if size not in _session:
+        _session[size] = Ranks(size)
+    return _session[size]
 
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
