@@ -6,6 +6,7 @@ without a launcher one process is a world of its own, so that the code behind it
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -81,10 +82,9 @@ def _rendezvous(environment: Mapping[str, str]) -> str:
 
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list such as `gpu[003-005,9],login1` (gpu003)."""
-    prefix, bracket, rest = node_list.split(",")[0].partition("[")
-    if not bracket:
-        return prefix
-    return prefix + rest.split("]")[0].split("-")[0] + rest.partition("]")[2]
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", node_list)
+    assert match
+    return "".join(part or "" for part in match.groups())
 
 
 def start(device: str = "auto", timeout_s: float = 1800.0) -> World:

@@ -143,8 +143,8 @@ class FSDPEngine:
         for buffer in network.buffers():
             buffer.data = buffer.data.to(self.device)
         assert isinstance(network, FSDPModule)
-        # FSDP2 notes the gradient's type at its first forward pass, from the parameters that require gradients then. That
-        # pass may belong to another phase, which has frozen them: let it take note now.
+        # FSDP2 notes the gradient's type at its first forward pass, from the parameters that require gradients then.
+        # That pass may belong to another phase, which has frozen them: let it take note now.
         network._get_fsdp_state()._lazy_init()
         shared.cast_at_border(network, dtype)
 
