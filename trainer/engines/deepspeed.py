@@ -314,6 +314,8 @@ class _Zero:
         self.engine._backward_prologue()
 
     def end_backward(self) -> None:
+        if self.stage != 3 and not self._is_bf16:
+            self.zero.setup_buckets()  # done by the first gradient; the loss may not have come through this network
         self.engine._backward_epilogue()
         self.engine._running_engine_backward = False
 

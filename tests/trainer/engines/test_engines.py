@@ -21,6 +21,7 @@ from tests.trainer.toys import (
 from trainer.engines.deepspeed import DeepSpeed
 from trainer.engines.fsdp import FSDP
 from trainer.engines.optimizer import AdamW
+from trainer.objectives.base import Phase
 
 STEPS = 20
 
@@ -183,6 +184,36 @@ def test_discarded_gradients_leave_no_trace(config):
         torch.testing.assert_close(losses, reference, rtol=1e-4, atol=0.0)
 
 
+BOTH = (Phase("both", ("denoiser", "generator")),)
+
+
+def use_one_then_the_other(config):
+    """A phase of two networks, of which a step uses both, the next only one."""
+    engine = build(config, BOTH)
+    (phase,) = BOTH
+    batch = slices(batch_of(0), 4)[torch.distributed.get_rank()]
+    norms = []
+    for used in (("denoiser", "generator"), ("denoiser",), ("generator",)):
+        with engine.accumulating(phase, last=True):
+            loss = torch.zeros(())
+            if "denoiser" in used:
+                loss = loss + toy_loss(DENOISE[0], engine.networks, batch).sum()
+            if "generator" in used:
+                loss = loss + engine.networks["generator"](batch["image"]).square().sum()
+            engine.backward(phase, loss)
+        norms.append(engine.step(phase, 0.01).grad_norm)
+    return norms, held(engine)
+
+
+def test_what_a_step_does_not_use_has_no_gradient_in_it_under_any_engine():
+    results = {name: ranks(2).run(use_one_then_the_other, config) for name, config in SHARDED.items()}
+    weights = {name: join([part for _, part in parts], "weight") for name, parts in results.items()}
+    for name in SHARDED:
+        torch.testing.assert_close(results[name][0][0], results["fsdp"][0][0], rtol=1e-4, atol=0.0)
+        for key, weight in weights[name].items():
+            torch.testing.assert_close(weight, weights["fsdp"][key], rtol=1e-4, atol=1e-6)
+
+
 def resume(config):
     """Three steps; then all state copied into a fresh engine that has run (so that it may hold stale weights)."""
     first = build(config, ADVERSARIAL)
@@ -198,6 +229,10 @@ def resume(config):
                 target.tensor.copy_(source.tensor)
     second.written()
     second.set_steps_taken(first.steps_taken())
+    image = batch_of(0)["image"]
+    with torch.no_grad():
+        for name in first.networks:
+            assert torch.equal(first.networks[name](image), second.networks[name](image)), "outdated weights"
     return [train(engine, ADVERSARIAL, range(3, 6)) for engine in (first, second)]
 
 
