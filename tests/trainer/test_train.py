@@ -136,7 +136,7 @@ def test_killed_at_random_moments_and_resumed_is_bit_equal(folder):
     train(folder, "undisturbed", *layout)
     rng = random.Random(0)
     kills = 0
-    for _ in range(8):
+    for _ in range(4):
         process = start(folder, "killed", *layout)
         metrics = folder / "runs" / "killed" / "metrics.jsonl"
         lines = metrics.read_text().count("\n") if metrics.exists() else 0
