@@ -1,17 +1,27 @@
 """What a picture of coloured shapes shows, by classical image analysis: no learned part, so it can be tested itself.
 
-Segmentation by distance from the background, connected components, colour by nearest palette hue, and shape by areas of
-the contour against those of its convex hull and of the smallest circle and rectangle around it.
+Segmentation by distance from the background, connected components, colour by nearest palette hue, and shape by overlap
+with the ideal ones.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import cv2
 import numpy as np
 
-from tools.demo.scenes import COLOURS, PAIR_PLACES, PLACES, SHAPES, SINGLE_PLACES, SceneObject
+from tools.demo.scenes import (
+    COLOURS,
+    MAX_ANGLE,
+    PAIR_PLACES,
+    PLACES,
+    SHAPES,
+    SINGLE_PLACES,
+    SceneObject,
+    outline,
+)
 
 # The analysis runs at this many pixels along the shorter side, whatever the picture's own size.
 _WORKING_SIDE = 160
@@ -21,6 +31,10 @@ _SPECK, _SMALLEST = 0.006, 0.02
 # How far an object's middle may be from its place, in fractions of the picture's width and height: places are at least
 # 0.23 apart, and drawn objects within 0.04 of theirs.
 _PLACE_TOLERANCE = 0.11
+# Shapes are compared as masks of this side, in which they cover this share.
+_TEMPLATE_SIDE, _TEMPLATE_AREA = 64, 0.25
+# A shape overlaps with its ideal by at least this much, and by so much more than with any other.
+_LEAST_OVERLAP, _LEAST_MARGIN = 0.75, 0.04
 
 
 @dataclass(frozen=True)
@@ -101,10 +115,9 @@ def _identify(
     x, y = columns.mean() / width, rows.mean() / height
     if share < _SMALLEST:
         return (x, y), Finding(None, None, None)
-    contours, _ = cv2.findContours(component.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     core = component & (distance > 0.8 * np.quantile(distance[component], 0.8))
     colour = _colour(np.median(lab[core], axis=0))
-    return (x, y), Finding(_shape(max(contours, key=cv2.contourArea)), colour, _place(x, y))
+    return (x, y), Finding(_shape(component), colour, _place(x, y))
 
 
 def _place(x: float, y: float) -> str | None:
@@ -120,25 +133,36 @@ def _colour(lab: np.ndarray) -> str | None:
     return min(_HUES, key=lambda name: abs((hue - _HUES[name] + np.pi) % (2 * np.pi) - np.pi))
 
 
-def _shape(contour: np.ndarray) -> str | None:
-    """The shape by how much of its hull, its smallest circle and its smallest rectangle a contour fills.
+def _shape(component: np.ndarray) -> str | None:
+    """The ideal shape, of any angle that scenes are drawn at, that overlaps most with a component (intersection over
+    union at equal area and centre); none where no shape overlaps well or two do about equally."""
+    side = _TEMPLATE_SIDE
+    rows, columns = np.nonzero(component)
+    zoom = side * np.sqrt(_TEMPLATE_AREA / len(rows))
+    shift = side / 2 - zoom * np.array([columns.mean(), rows.mean()])
+    matrix = np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]]])
+    scaled = cv2.warpAffine(component.astype(np.float32), matrix, (side, side), flags=cv2.INTER_LINEAR) > 0.5
+    overlap = {
+        shape: max(float((scaled & ideal).sum() / (scaled | ideal).sum()) for ideal in ideals)
+        for shape, ideals in _templates().items()
+    }
+    second, best = sorted(overlap, key=overlap.__getitem__)[-2:]
+    return best if overlap[best] >= _LEAST_OVERLAP and overlap[best] - overlap[second] >= _LEAST_MARGIN else None
 
-    Ideal shapes fill: circle 1, 1, 0.79; square 1, 0.64, 1; triangle 1, 0.41, 0.5; cross 0.71, 0.57, 0.64. Blur rounds
-    the corners and brings all of them nearer to the circle. What lies between two shapes is none.
-    """
-    area = cv2.contourArea(contour)
-    hull = area / cv2.contourArea(cv2.convexHull(contour))
-    circle = area / (np.pi * cv2.minEnclosingCircle(contour)[1] ** 2)
-    rectangle = area / np.prod(cv2.minAreaRect(contour)[1])
-    if hull < 0.88:
-        return "cross" if circle > 0.55 and rectangle > 0.62 else None
-    if circle > 0.83:
-        return "circle"
-    if circle > 0.62 and rectangle > 0.83:
-        return "square"
-    if circle < 0.6 and rectangle < 0.7:
-        return "triangle"
-    return None
+
+@cache
+def _templates() -> dict[str, list[np.ndarray]]:
+    """Masks of each shape at a few angles, all of the same area and centred."""
+    ideals: dict[str, list[np.ndarray]] = {}
+    for shape in SHAPES:
+        for angle in np.linspace(-MAX_ANGLE, MAX_ANGLE, 5):
+            points = outline(shape, float(angle))
+            area = cv2.contourArea(points.astype(np.float32))
+            points = points * _TEMPLATE_SIDE * np.sqrt(_TEMPLATE_AREA / area) + _TEMPLATE_SIDE / 2
+            mask = np.zeros((_TEMPLATE_SIDE, _TEMPLATE_SIDE), np.uint8)
+            cv2.fillPoly(mask, [np.round(points * 16).astype(np.int32)], 1, shift=4)
+            ideals.setdefault(shape, []).append(mask > 0)
+    return ideals
 
 
 def _palette_hues() -> dict[str, float]:

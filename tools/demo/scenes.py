@@ -23,6 +23,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+MAX_ANGLE = np.radians(6)
+"""Shapes are turned by at most this, in radians, to either side."""
 SHAPES = ("circle", "square", "triangle", "cross")
 # sRGB, about evenly spaced in hue and saturated, so that a picture of 32 x 32 pixels still tells them apart.
 COLOURS = {
@@ -121,8 +123,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     canvas = (rng.uniform(215, 245) + rng.uniform(-5, 5, size=3) + y + x).astype(np.float32)
     for thing in scene.objects:
         middle = np.array(PLACES[thing.place]) * (scene.width, scene.height) + rng.uniform(-0.02, 0.02, size=2) * side
-        outline = _outline(thing.shape, np.radians(rng.uniform(-6, 6)))
-        points = middle + rng.uniform(0.165, 0.195) * side * outline
+        corners = outline(thing.shape, rng.uniform(-MAX_ANGLE, MAX_ANGLE))
+        points = middle + rng.uniform(0.165, 0.195) * side * corners
         large = np.zeros((scene.height * scale, scene.width * scale), np.uint8)
         cv2.fillPoly(large, [np.round(points * scale - 0.5).astype(np.int32)], 255)
         cover = cv2.resize(large, (scene.width, scene.height), interpolation=cv2.INTER_AREA)[..., None] / np.float32(
@@ -186,7 +188,7 @@ def _choose(rng: np.random.Generator, *options):
     return options[rng.integers(len(options))]
 
 
-def _outline(shape: str, angle: float) -> np.ndarray:
+def outline(shape: str, angle: float) -> np.ndarray:
     """(k, 2) corners of a shape of about unit radius around its centroid, turned by `angle` radians."""
     if shape == "circle":
         turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
