@@ -119,8 +119,8 @@ def test_chance_is_what_a_blind_draughtsman_gets():
     asked = [scene.objects for scene in scenes(200, seed=2, held_out=True)]
     rng = np.random.default_rng(3)
     blind = [shrunk(draw(scene, rng)) for scene in scenes(200, seed=4, held_out=False)]
-    # Half the prompts have 120 equally likely answers of those with one object, half 1,152 of those with two.
-    assert analytic_chance(asked) == pytest.approx(0.5 * (0.5 / 120 + 0.5 / 1152))
+    # Three in four prompts have 120 equally likely answers of those with one object, one in four 1,152 with two.
+    assert analytic_chance(asked) == pytest.approx(0.75 * 0.75 / 120 + 0.25 * 0.25 / 1152)
     assert shuffled_chance(blind, asked) == 0.0, "scenes free of held-out objects are never right for these prompts"
     seeing = [shrunk(draw(scene, rng)) for scene in scenes(200, seed=2, held_out=True)]
     assert composition_accuracy(seeing, asked) >= 0.97

@@ -72,7 +72,7 @@ def demonstrate(seed: int, runs: Path, overrides: Sequence[str] = ()) -> Verdict
         _millrace("index", f"shards={shards}")
     with _timed("training on 2 processes"):
         _millrace(
-            *("train", "experiment=demo/scenes", f"+data.sources.scenes.shards={shards}", f"name={name}"),
+            *("train", "experiment=demo/scenes", f"data.sources.scenes.shards={shards}", f"name={name}"),
             *(f"runs={runs}", f"seed={seed}", "cluster=local", "cluster.processes=2", *overrides),
         )
     with _timed(f"drawing {PROMPTS} held-out prompts"):

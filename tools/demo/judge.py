@@ -81,10 +81,10 @@ def composition_accuracy(pictures: Sequence[np.ndarray], asked: Sequence[Sequenc
 def analytic_chance(asked: Sequence[Sequence[SceneObject]]) -> float:
     """The expected accuracy of a perfect draughtsman who cannot read: a well-formed scene, drawn without the prompt.
 
-    One or two objects with equal chance, then every place, shape and colour with equal chance.
+    Two objects as often as scenes have them, then every place, shape and colour with equal chance.
     """
     looks = len(SHAPES) * len(COLOURS)
-    single, pair = 0.5 / len(SINGLE_PLACES) / looks, 0.5 / len(PAIR_PLACES) / looks**2
+    single, pair = 0.75 / len(SINGLE_PLACES) / looks, 0.25 / len(PAIR_PLACES) / looks**2
     return float(np.mean([single if len(objects) == 1 else pair for objects in asked]))
 
 

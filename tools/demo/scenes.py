@@ -1,6 +1,6 @@
 """Captioned pictures of coloured shapes, drawn rather than collected, and a hold-out that asks for composition.
 
-A scene has one object (in a corner or in the middle) or two (side by side, or one above the other). An object is a
+A scene has one object (in a corner or in the middle) or, one in four, two (side by side, or one above the other). An object is a
 triple (shape, colour, place): 4 shapes x 6 colours x 9 places = 216 triples. The hold-out is systematic: with the
 shape, colour and place numbered in the order of `SHAPES`, `COLOURS` and `PLACES`, a triple is held out when
 
@@ -138,12 +138,12 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def scenes(count: int, seed: int, held_out: bool) -> Iterator[Scene]:
     """`count` scenes, either all free of held-out objects (for training) or each with at least one (for the test).
 
-    One half shows one object, the other two. Every kind of scene is equally likely, up to the hold-out.
+    Every fourth shows two objects, the others one. Every kind of each is equally likely, up to the hold-out.
     """
     rng = np.random.default_rng([seed, int(held_out)])
     for index in range(count):
         width, height = SIZES[rng.integers(len(SIZES))]
-        places = (_choose(rng, *SINGLE_PLACES),) if index % 2 == 0 else _choose(rng, *PAIR_PLACES)
+        places = _choose(rng, *PAIR_PLACES) if index % 4 == 3 else (_choose(rng, *SINGLE_PLACES),)
         while True:
             objects = tuple(SceneObject(_choose(rng, *SHAPES), _choose(rng, *COLOURS), place) for place in places)
             if any(thing.held_out for thing in objects) == held_out:
