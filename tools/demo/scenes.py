@@ -1,8 +1,8 @@
 """Captioned pictures of coloured shapes, drawn rather than collected, and a hold-out that asks for composition.
 
-A scene has one object (in a corner or in the middle) or, one in four, two (side by side, or one above the other). An object is a
-triple (shape, colour, place): 4 shapes x 6 colours x 9 places = 216 triples. The hold-out is systematic: with the
-shape, colour and place numbered in the order of `SHAPES`, `COLOURS` and `PLACES`, a triple is held out when
+A scene has one object (in a corner or in the middle) or, one in four, two (side by side, or one above the other). An
+object is a triple (shape, colour, place): 4 shapes x 6 colours x 9 places = 216 triples. The hold-out is systematic:
+with the shape, colour and place numbered in the order of `SHAPES`, `COLOURS` and `PLACES`, a triple is held out when
 
     (shape + colour + place) mod 6 == 0,
 
