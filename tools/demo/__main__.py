@@ -1,8 +1,8 @@
 """`make demo`: draws captioned tars, indexes them, trains a tiny MMDiT on two processes, and judges what it draws.
 
 Everything goes through the commands and parts that a user has: `millrace index`, then `millrace train` with
-experiment=demo/scenes
-(which also trains the tokenizer and T5 from the captions), `trainer.sampling`, and the run's report page.
+experiment=demo/scenes (which also trains the tokenizer and T5 from the captions), `trainer.sampling`, and the run's
+report page.
 """
 
 import argparse
