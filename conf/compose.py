@@ -34,9 +34,12 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
             config = hydra_compose(job, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_sentence(job, error)) from error
-    shrink = config.get("shrink")
-    if shrink:
-        _shrink(config, OmegaConf.to_container(shrink))  # type: ignore[arg-type]
+    if "shrink" in config:
+        chosen = {override.partition("=")[0] for override in overrides}
+        for group, node in config.replace.items():
+            if group not in chosen:
+                config[group] = node
+        _shrink(config, OmegaConf.to_container(config.shrink))  # type: ignore[arg-type]
         _reapply(config, overrides)
     try:
         OmegaConf.resolve(config)
@@ -57,7 +60,7 @@ def _opened(override: str) -> str:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is no override: it should look like key=value.") from error
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        escaped = value.replace("'", "\\'")
         override = f"{key}='{escaped}'"
     return f"++{override}" if override.startswith(_OPEN) else override
 
@@ -102,7 +105,7 @@ def _reapply(config: DictConfig, overrides: list[str]) -> None:
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if not override.is_delete() and not (ROOT / key.lstrip("/")).is_dir():
-            OmegaConf.update(config, key, override.value(), merge=False)
+            OmegaConf.update(config, key, override.value(), merge=True)
 
 
 def _sentence(job: str, error: Exception) -> str:
@@ -120,7 +123,6 @@ def _sentence(job: str, error: Exception) -> str:
     if key and "in the defaults list" in text:
         return f"{job!r} has no group {key.group(1)!r} to choose (millrace {job} --help lists them)."
     if key and isinstance(error, ConfigCompositionException):
-        group, _, choice = key.group(1).partition("@")
         return f"{job!r} has no key {key.group(1)!r}{_near_key(job, key.group(1))} (millrace {job} --help lists them)."
     return f"{_first_line(error)}."
 

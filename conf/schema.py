@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -23,10 +23,20 @@ def check(config: DictConfig, schema: type) -> None:
 
 
 def build(config: Any, **extra: Any) -> Any:
-    """The object that a config node with a `_target_` describes, nested nodes built first (Hydra's instantiate)."""
+    """The object that a config node with a `_target_` describes, nested nodes built first (Hydra's instantiate).
+
+    Raises:
+        ConfigError: a constructor refuses its values.
+    """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    return instantiate(config, _convert_="all", **extra)
+    try:
+        return instantiate(config, _convert_="all", **extra)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ConfigError(str(error.__cause__)) from error
+        raise
 
 
 def target(name: str, path: str) -> Callable[..., Any]:
@@ -47,7 +57,7 @@ def target(name: str, path: str) -> Callable[..., Any]:
 def _check(value: dict, schema: Callable[..., Any], path: str) -> None:
     kinds, required, open_ended = _signature(schema)
     for key, item in value.items():
-        if str(key).startswith("_") or (not path and key in ("shrink", "scale", "experiment")):
+        if str(key).startswith("_") or (not path and key in ("shrink", "replace", "scale", "experiment")):
             continue
         where = f"{path}.{key}" if path else str(key)
         if key not in kinds:
@@ -94,12 +104,20 @@ def _signature(schema: Callable[..., Any]) -> tuple[dict[str, Any], list[str], b
 
 
 def _check_type(value: Any, kind: Any, path: str) -> None:
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
+        _check(value, kind, path)
+        return
+    inner_kind = get_args(kind)[-1] if get_origin(kind) is dict else None
+    if is_dataclass(inner_kind) and isinstance(value, dict):
+        for name, item in value.items():
+            _check_type(item, inner_kind, f"{path}.{name}")
+        return
     try:
         adapter = TypeAdapter(kind, config=None if is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True))
     except PydanticUserError:
         adapter = TypeAdapter(kind)
     try:
-        adapter.validate_python(value, strict=None)
+        adapter.validate_python(value, strict=True)  # "no" is no False, 2.0 no int
     except ValidationError as error:
         first = error.errors()[0]
         inner = "".join(f".{part}" for part in first["loc"] if isinstance(part, str) and part.isidentifier())

@@ -36,7 +36,7 @@ class Batch:
         captions: n captions, "" where there is none.
         images: (n, 3, H, W), uint8 as the loader delivers it.
         original_size: (n, 2) int64, height and width before resizing, after EXIF orientation.
-        crop: (n, 2) int64, top and left of the crop in the resized image (SDXL, FACTS.md section 5).
+        crop: (n, 2) int64, top and left of the crop in the resized image (SDXL, arXiv 2307.01952, section 2.2).
         fields: further per-sample values, by name: a tensor with n rows or a list of n.
     """
 

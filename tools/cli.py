@@ -84,7 +84,9 @@ def _run(job: str, overrides: list[str]) -> None:
     if show:
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(config))
+        from trainer.run_directory import without_secrets
+
+        print(OmegaConf.to_yaml(without_secrets(OmegaConf.to_container(config))))
         return
 
     from conf.schema import check

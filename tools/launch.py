@@ -11,15 +11,16 @@ from omegaconf import DictConfig
 
 from conf.errors import ConfigError
 
-_LAUNCHED = ("RANK", "LOCAL_RANK")
 _SENTENCE = "millrace: "
 
 
 def wants_ranks(config: DictConfig) -> bool:
     """Whether the job asks for more than one process and is not already one of them."""
-    processes = config.get("cluster", {}).get("processes", 1)
-    in_slurm_step = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
-    return processes > 1 and not in_slurm_step and not any(name in os.environ for name in _LAUNCHED)
+    if config.get("cluster", {}).get("processes", 1) <= 1:
+        return False
+    from trainer.distributed import read_environment
+
+    return read_environment(os.environ) is None
 
 
 def launch(job: str, overrides: list[str], config: DictConfig) -> None:

@@ -75,7 +75,9 @@ def _load_checkpoint(path: Path, ema: str) -> Loaded:
         denoiser, first_stage = build(config.model), build(config.first_stage)
     denoiser.to_empty(device="cpu")
     denoiser.init_buffers()
-    denoiser.load_state_dict(load_weights(path, "denoiser", ema=length), strict=False)
+    keys = denoiser.load_state_dict(load_weights(path, "denoiser", ema=length), strict=False)
+    buffers = {name for name, _ in denoiser.named_buffers()}
+    assert not keys.unexpected_keys and set(keys.missing_keys) <= buffers, f"{path} does not fit its own config: {keys}"
     buckets = build(config.buckets)
     return Loaded(
         networks={"denoiser": denoiser, "conditioner": build(config.conditioner), "first_stage": first_stage},

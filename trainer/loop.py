@@ -40,6 +40,8 @@ class Run:
             returns the step to go on from.
         stopping: whether all ranks are to stop after this step (a signal was received).
         skipped_steps: steps to pass over.
+        bad_steps: those without a finite gradient up to now, in a row. While there are any, nothing should be saved:
+            a roll-back goes to before them.
     """
 
     objective: Objective
@@ -55,21 +57,21 @@ class Run:
     roll_back: Callable[[list[int]], int]
     stopping: Callable[[], bool]
     skipped_steps: set[int] = field(default_factory=set)
+    bad_steps: list[int] = field(default_factory=list)
 
 
 def fit(run: Run, step: int) -> int:
     """Train from `step` to the end, or until asked to stop. Returns the number of steps taken."""
-    bad: list[int] = []
     while step < run.steps:
         if step in run.skipped_steps:
             step += 1
             continue
         passes = run.arrange(run.loader.step(step))
         finite = [take_phase(run, phase, step, passes) for phase in run.objective.phases]
-        bad = [] if all(finite) else [*bad, step]
+        run.bad_steps = [] if all(finite) else [*run.bad_steps, step]
         step += 1
-        if len(bad) >= run.patience:
-            step, bad = run.roll_back(bad), []
+        if len(run.bad_steps) >= run.patience:
+            step, run.bad_steps = run.roll_back(run.bad_steps), []
             continue
         for callback in run.callbacks:
             callback.after_step(step)

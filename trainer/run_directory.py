@@ -8,7 +8,10 @@ from typing import Any
 
 _SECRET = re.compile(r"(^|_)(key|token|secret|password|credential)s?($|_)|api_?key|access_?key", re.IGNORECASE)
 _URL_SECRET = re.compile(r"://[^/@\s]+@")
-_NO_SECRETS = {"log_keys", "keys", "key", "key_hash"}
+_NO_SECRETS = {"log_keys", "keys", "key_hash"}
+# Of storage options, only these are told: names of secrets differ from store to store.
+_TOLD_OPTIONS = {"endpoint_url", "region_name", "anon", "client_kwargs", "config_kwargs", "project", "timeout"}
+_URL_QUERY = re.compile(r"(://[^?\s]*)\?\S+")
 
 
 class RunDirectory:
@@ -48,14 +51,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def without_secrets(value: Any, name: str = "") -> Any:
     """The value with passwords, keys and tokens masked, by their names and inside URLs."""
     if isinstance(value, dict):
+        if name == "storage_options":
+            return {protocol: _told(options) for protocol, options in value.items()}
         return {k: without_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(v, name) for v in value]
     if isinstance(value, str):
         if value and _SECRET.search(name) and name not in _NO_SECRETS:
             return "***"
-        return _URL_SECRET.sub("://***@", value)
+        return _URL_QUERY.sub(r"\1?***", _URL_SECRET.sub("://***@", value))
     return value
+
+
+def _told(options: Any) -> Any:
+    if not isinstance(options, dict):
+        return "***" if options is not None else None
+    return {k: _told(v) if isinstance(v, dict) else v if k in _TOLD_OPTIONS else "***" for k, v in options.items()}
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

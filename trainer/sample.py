@@ -26,7 +26,7 @@ class Config:
     seed: int
     height: int | None
     width: int | None
-    ema: str
+    average: str
     batch: int
     device: str
     precision: Literal["fp32", "bf16"]
@@ -42,7 +42,7 @@ def run(config: Any) -> None:
         prompts += [line.strip() for line in Path(config.prompts_file).read_text().splitlines() if line.strip()]
     if not prompts:
         raise ConfigError("there is nothing to draw: give prompts=['a red circle'] or prompts_file=<a prompt a line>.")
-    loaded = load_model(config.source, config.ema)
+    loaded = load_model(config.source, config.average)
     height, width = config.height or loaded.size[0], config.width or loaded.size[1]
     pictures = [Picture(p, config.seed + i, height, width) for p in prompts for i in range(config.each)]
     sampler = build(config.sampler)

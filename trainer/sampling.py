@@ -15,7 +15,7 @@ from models.guidance import Guidance, denoiser
 from models.process import Process
 from models.samplers import Sampler
 
-# The "step" of draws that belong to no training step: one for pictures, one for validation.
+# The "step" of draws that belong to pictures, and to no training step.
 SAMPLING_STEP = -2
 
 

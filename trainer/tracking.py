@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import netrc
 import os
 from collections.abc import Mapping
@@ -54,7 +55,8 @@ class Tracker:
         if self._bar is None:
             return
         with self._directory.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+            file.write(json.dumps(finite) + "\n")
         shown = {k: f"{row[k]:.4g}" for k in ("loss", "val/loss", "samples_per_s") if row.get(k) is not None}
         self._bar.set_postfix(shown, refresh=False)
         if self._wandb is not None:

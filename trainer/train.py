@@ -205,7 +205,8 @@ def train(config: Any, world: World) -> None:
         callbacks.append(
             Every(lambda step: grid(engine, ema, config.samples.ema, step), config.samples.every, config.steps, meter)
         )
-    callbacks.append(Every(save, policy.every, config.steps, meter))
+    # Not amid steps without a finite gradient: a roll-back goes to before them.
+    callbacks.append(Every(lambda step: None if loop.bad_steps else save(step), policy.every, config.steps, meter))
 
     # The loop.
     shares = split.shares()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conf.compose import compose
+from conf.compose import ROOT, compose
 from conf.errors import ConfigError
 from conf.schema import check
 from tools import cli
@@ -65,7 +65,7 @@ def test_a_mistake_is_one_sentence_that_names_it(arguments, named, capsys):
 
 
 def test_a_clause_needs_no_quotes_of_hydras():
-    clause = "width > 64 and caption <> 'it''s'"
+    clause = r"width > 64 and caption <> 'it''s' and regexp_matches(caption, '^\d+$')"
     assert compose("train", [f"data.sources.a.where={clause}"]).data.sources.a.where == clause
 
 
@@ -75,6 +75,38 @@ def test_tiny_shrinks_by_class_below_the_command_line():
     own = compose("train", ["model=sd35_medium", "scale=tiny", "model.num_layers=7", "model.dual_attention_layers=[6]"])
     assert own.model.num_layers == 7
     assert own.model.attention_head_dim == tiny.model.attention_head_dim
+
+
+EXPERIMENTS = sorted(
+    path.relative_to(ROOT / "experiment").with_suffix("").as_posix() for path in (ROOT / "experiment").rglob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_passes_the_check(experiment, scale):
+    from trainer.train import Config
+
+    needed = ["first_stage.folder=/vae"] if experiment.startswith("sd3") and scale == "full" else []
+    config = compose("train", [f"experiment={experiment}", f"scale={scale}", *needed])
+    check(config, Config)
+    assert (config.batch == 8) == (scale == "tiny")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["dry_run=no", "steps=2.0", "data.sources.a={shards: x, weihgt: 2}", "log.evry=3", "data.flip=off"],
+)
+def test_a_value_of_nearly_the_right_type_is_refused(override, capsys):
+    one_sentence(capsys, "train", override)
+
+
+def test_no_key_of_a_job_shares_the_name_of_a_group():
+    groups = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    for job in cli.JOBS:
+        text = (ROOT / f"{job}.yaml").read_text()
+        keys = {line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()}
+        assert not keys & groups, job
 
 
 def test_a_target_that_hydra_would_build_is_checked_before():

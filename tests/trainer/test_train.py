@@ -217,7 +217,8 @@ def test_sigterm_saves_and_a_changed_plan_refuses_to_resume(folder):
 
 
 def test_no_secret_reaches_the_config_or_the_log(folder):
-    train(folder, "secret", "steps=1", "+data.storage_options.s3.secret=hunter2", "validation.every=null")
+    options = "{s3: {key: hunter2, secret: hunter2, client_kwargs: {headers: {Authorization: Bearer hunter2}}}}"
+    train(folder, "secret", "steps=1", f"data.storage_options={options}", "validation.every=null")
     for path in (folder / "runs" / "secret").rglob("*"):
         if path.is_file():
             assert b"hunter2" not in path.read_bytes(), path
@@ -256,6 +257,10 @@ def test_a_run_of_bad_steps_rolls_back_and_passes_over_them(folder):
     assert record["skipped_steps"] == [7, 8, 9]
     # Resumed from there, they stay skipped.
     assert train(folder, "rolled_back", *not_finite_at(7, 8, 9), "steps=16")[-1]["step"] == 16
+    # A checkpoint that falls among them is not taken.
+    assert (
+        train(folder, "amid", *not_finite_at(3, 4, 5), "patience=3", "steps=8", "checkpoint.every=1")[-1]["step"] == 8
+    )
     assert [step for step, lane, _ in keys(folder, "rolled_back") if lane == 0] == [*range(7), *range(10, 16)]
 
 
