@@ -91,11 +91,11 @@ def _descend(item: Any, path: str) -> bool:
 def _signature(schema: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
     """Names with their types, names without a default, and whether any further name is taken."""
     if is_dataclass(schema) and isinstance(schema, type):
-        hints = get_type_hints(schema)
+        hints = get_type_hints(schema, include_extras=True)
         names = {f.name: hints[f.name] for f in fields(schema) if f.init}
     else:
         constructor = getattr(schema, "__init__") if isinstance(schema, type) else schema  # noqa: B009
-        hints = get_type_hints(constructor)
+        hints = get_type_hints(constructor, include_extras=True)
         names = {n: hints.get(n, Any) for n in inspect.signature(schema).parameters}
     parameters = inspect.signature(schema).parameters.values()
     closed = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]

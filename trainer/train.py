@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from pydantic import PositiveInt
 
 from conf.schema import build
 from data.inspect import bucket_table, contact_sheet
@@ -40,7 +41,7 @@ _SHEET_ROWS = 12
 class LogConfig:
     """`log` of conf/train.yaml."""
 
-    every: int
+    every: PositiveInt
     wandb: dict[str, Any] | None
     peak_flops: float | None
 
@@ -49,9 +50,9 @@ class LogConfig:
 class ValidationConfig:
     """`validation` of conf/train.yaml."""
 
-    every: int | None
-    samples: int
-    times: int
+    every: PositiveInt | None
+    samples: PositiveInt
+    times: PositiveInt
     ema: str | None
 
 
@@ -59,9 +60,9 @@ class ValidationConfig:
 class SamplesConfig:
     """`samples` of conf/train.yaml."""
 
-    every: int | None
+    every: PositiveInt | None
     prompts: list[str]
-    count: int
+    count: PositiveInt
     ema: str | None
 
 
@@ -87,17 +88,17 @@ class Config:
     name: str
     runs: str
     seed: int
-    steps: int
-    batch: int
-    lanes: int | None
-    pass_size: int | None
+    steps: PositiveInt
+    batch: PositiveInt
+    lanes: PositiveInt | None
+    pass_size: PositiveInt | None
     device: str
     deterministic: bool
     threads: int | None
     init_from: str | dict[str, Any] | None
     dry_run: bool
     rehearse: bool
-    patience: int
+    patience: PositiveInt
     log: LogConfig
     validation: ValidationConfig
     samples: SamplesConfig

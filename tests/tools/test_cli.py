@@ -95,7 +95,7 @@ def test_every_experiment_composes_and_passes_the_check(experiment, scale):
 
 @pytest.mark.parametrize(
     "override",
-    ["dry_run=no", "steps=2.0", "data.sources.a={shards: x, weihgt: 2}", "log.evry=3", "data.flip=off"],
+    ["dry_run=no", "steps=2.0", "data.sources.a={shards: x, weihgt: 2}", "log.evry=3", "data.flip=off", "log.every=0"],
 )
 def test_a_value_of_nearly_the_right_type_is_refused(override, capsys):
     one_sentence(capsys, "train", override)

@@ -72,10 +72,6 @@ class CheckpointPolicy:
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} is {value}; it must be at least 1, or null where that is allowed")
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
-        return step > 0 and step % self.every == 0
-
     def keeps(self, step: int, newer: int) -> bool:
         """Whether to keep the checkpoint of `step` when there are `newer` committed ones after it."""
         if self.keep_last is None or newer < self.keep_last:
