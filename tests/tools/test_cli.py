@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -91,6 +92,17 @@ def test_every_experiment_composes_and_passes_the_check(experiment, scale):
     config = compose("train", [f"experiment={experiment}", f"scale={scale}", *needed])
     check(config, Config)
     assert (config.batch == 8) == (scale == "tiny")
+
+
+BENCHMARKS = [f"bench={path.stem}" for path in sorted((ROOT / "bench").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(
+    ("job", "needed"),
+    [("index", "shards=x"), ("sample", "source=x"), *(("bench", benchmark) for benchmark in BENCHMARKS)],
+)
+def test_every_job_passes_its_own_check(job, needed):
+    check(compose(job, [needed]), import_module(cli.JOBS[job][0]).Config)
 
 
 @pytest.mark.parametrize(

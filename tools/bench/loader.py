@@ -15,7 +15,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ def run(
     per_shard: int = 250,
     size: int = 256,
     batch: int = 50,
-    workers: tuple[int, ...] = (0, 2),
+    workers: Sequence[int] = (0, 2),
     repeats: int = 5,
     clock: Literal["wall", "process"] = "wall",
     folder: str | None = None,

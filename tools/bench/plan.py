@@ -10,7 +10,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def run(
     lanes: int = 1024,
     served_lanes: int = 16,
     slice_size: int = 64,
-    other_slice_sizes: tuple[int, ...] = (16, 256),
+    other_slice_sizes: Sequence[int] = (16, 256),
     block: int = 256,
     window: int = 16,
     compared_rows: int = 50_000_000,

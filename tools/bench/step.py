@@ -7,7 +7,7 @@ with nothing in between. On a GPU, SD3-medium's size is added, with the share of
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,14 +26,14 @@ ARITHMETIC = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_produc
 
 
 def run(
-    widths: tuple[int, ...] = (384, 768, 1536),
+    widths: Sequence[int] = (384, 768, 1536),
     layers: int = 2,
     latents: int = 32,
     batch: int = 2,
     repeats: int = 7,
     threads: int = 1,
     qk_norm: bool = False,
-    modes: tuple[str, ...] = ("eager", "compiled"),
+    modes: Sequence[str] = ("eager", "compiled"),
     clock: Literal["wall", "process"] = "wall",
 ) -> dict:
     """Seconds of a forward and backward pass, by width and mode, ours and diffusers', and our share of theirs.
