@@ -1,4 +1,5 @@
-"""World-independent initialisation: a parameter's first values depend on the seed and its name alone.
+"""World-independent initialisation: a parameter's first values depend on the run's seed and its qualified name,
+`<network>.<parameter>`, alone. Two networks of one class thus start apart.
 
 An engine builds a network on the meta device, and fills it one whole parameter at a time, keeping of each only its own
 shard. So no rank ever holds a whole network, and 1 rank and 512 start from the same weights.
@@ -24,16 +25,21 @@ class Initializable(Protocol):
         """Compute every buffer anew, in place (after `to_empty`)."""
 
 
-def parameter_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator that parameter `name` of a run is drawn from."""
-    return torch.Generator(device).manual_seed((seed << 32 ^ zlib.crc32(name.encode())) & (2**63 - 1))
+def parameter_generator(seed: int, network: str, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator that parameter `name` of the run's network `network` is drawn from."""
+    code = zlib.crc32(f"{network}.{name}".encode())
+    return torch.Generator(device).manual_seed((seed << 32 ^ code) & (2**63 - 1))
 
 
 @torch.no_grad()
-def initialize(network: Network, seed: int) -> Network:
-    """Fill an unsharded network (not on the meta device) and return it; the reference that engines must equal."""
+def initialize(network: Network, seed: int, name: str = "") -> Network:
+    """Fill an unsharded network (not on the meta device) and return it; the reference that engines must equal.
+
+    Args:
+        name: the network's in the run.
+    """
     assert isinstance(network, Initializable), f"{type(network).__name__} lacks init_parameter and init_buffers"
-    for name, parameter in network.named_parameters():
-        network.init_parameter(name, parameter, parameter_generator(seed, name, parameter.device))
+    for inner, parameter in network.named_parameters():
+        network.init_parameter(inner, parameter, parameter_generator(seed, name, inner, parameter.device))
     network.init_buffers()
     return network

@@ -27,16 +27,19 @@ class Loaded:
     """What to sample from.
 
     Args:
-        networks: "denoiser", "conditioner" and "first_stage", on the CPU in float32.
+        networks: "denoiser", "conditioner" and "first_stage", on the CPU in float32. The first stage may still be on
+            the meta device, for `prepare_frozen` to fill.
         process: that the denoiser was trained with.
         size: (height, width) in pixels that it was trained at (the first bucket).
         source: where it came from, for pictures' metadata.
+        seed: of the run, from which a first stage without weights of its own is drawn again.
     """
 
     networks: dict[str, nn.Module]
     process: Process
     size: tuple[int, int]
     source: str
+    seed: int = 0
 
 
 def load_model(path: str | Path, ema: str = "auto") -> Loaded:
@@ -84,6 +87,7 @@ def _load_checkpoint(path: Path, ema: str) -> Loaded:
         process=build(config.process),
         size=(buckets[0].height, buckets[0].width),
         source=f"{path}, {f'EMA {length}' if length else 'weights'}",
+        seed=config.seed,
     )
 
 

@@ -47,8 +47,8 @@ def run(config: Any) -> None:
     pictures = [Picture(p, config.seed + i, height, width) for p in prompts for i in range(config.each)]
     sampler = build(config.sampler)
     with joined(config.device) as world:
-        for network in loaded.networks.values():
-            prepare_frozen(network, False, config.precision, config.seed, world.device)
+        for name, network in loaded.networks.items():
+            prepare_frozen(name, network, False, config.precision, loaded.seed, world.device)
         images = draw(
             loaded.networks, loaded.process, sampler, build(config.guidance), pictures, world.device, config.batch
         )

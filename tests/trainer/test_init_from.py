@@ -110,7 +110,7 @@ def test_what_does_not_fit_a_folder_is_listed_and_left_as_initialised(theirs):
     assert "of another shape, left as initialised: patch_embedding.weight" in text and "missing in the source" in text
 
     loaded = join([parts for _, parts in answers], "weight")
-    fresh = dict(initialize(mmdit(**changes).to_empty(device="cpu"), 7).named_parameters())
+    fresh = dict(initialize(mmdit(**changes).to_empty(device="cpu"), 7, "denoiser").named_parameters())
     for name in ["patch_embedding.weight", *report.missing]:
         assert torch.equal(loaded[f"denoiser.{name}"], fresh[name]), name
     assert not torch.equal(loaded["denoiser.final.weight"], fresh["final.weight"])

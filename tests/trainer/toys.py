@@ -133,7 +133,7 @@ def toy_networks(phases: Sequence[Phase], meta: bool = True) -> dict[str, nn.Mod
     names = [name for phase in phases for name in phase.trainable]
     with torch.device("meta" if meta else "cpu"):
         networks: dict[str, nn.Module] = {name: kinds[name]() for name in names}
-    return networks if meta else {name: initialize(network, 7) for name, network in networks.items()}
+    return networks if meta else {name: initialize(network, 7, name) for name, network in networks.items()}
 
 
 def toy_loss(phase: Phase, networks: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -94,7 +94,7 @@ class DeepSpeedEngine:
         shared.check_frozen(config.shard_frozen, self.networks, trainable)
         self._frozen = [name for name in networks if name not in trainable]
         for name in self._frozen:
-            shared.prepare_frozen(networks[name], name in config.shard_frozen, config.precision, seed, device)
+            shared.prepare_frozen(name, networks[name], name in config.shard_frozen, config.precision, seed, device)
         self._active: Phase | None = None
         self._steps = {phase.name: 0 for phase in phases}
         self._max_grad_norm = {phase.name: optimizers[phase.name].max_grad_norm for phase in phases}
@@ -286,7 +286,7 @@ class _Zero:
             self._part(self.flats, fragment).copy_(whole.view(-1).narrow(0, fragment.start, fragment.numel))
 
         if meta:
-            shared.fill(self.network, self._shapes(), seed, self.device, store)
+            shared.fill(self.name, self.network, self._shapes(), seed, self.device, store)
         for name, whole in ready.items():
             store(name, whole)
         self.refresh()

@@ -98,9 +98,9 @@ class FSDPEngine:
         shared.check_frozen(config.shard_frozen, networks, self._trainable)
         self._frozen = [name for name in networks if name not in self._trainable]
         for name in self._frozen:
-            shared.prepare_frozen(networks[name], name in config.shard_frozen, config.precision, seed, device)
+            shared.prepare_frozen(name, networks[name], name in config.shard_frozen, config.precision, seed, device)
         for name in self._trainable:
-            self._prepare_trainable(networks[name], seed)
+            self._prepare_trainable(name, networks[name], seed)
         self._active: Phase | None = None
         self._owned: dict[str, list[_Owned]] = {}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
@@ -109,7 +109,7 @@ class FSDPEngine:
         for phase in phases:
             self._add_optimizer(phase, optimizers[phase.name])
 
-    def _prepare_trainable(self, network: nn.Module, seed: int) -> None:
+    def _prepare_trainable(self, name: str, network: nn.Module, seed: int) -> None:
         network.float().requires_grad_(True).train()
         if self.config.compile:
             shared.compile_blocks(network)
@@ -135,10 +135,12 @@ class FSDPEngine:
         if shared.is_meta(network):
             network.to_empty(device="cpu" if self.config.offload else self.device)
             parameters = dict(network.named_parameters())
-            shapes = {name: parameter.shape for name, parameter in parameters.items()}
-            shared.fill(
-                network, shapes, seed, self.device, lambda name, whole: shared.store_shard(parameters[name], whole)
-            )
+            shapes = {inner: parameter.shape for inner, parameter in parameters.items()}
+
+            def store(inner: str, whole: Tensor) -> None:
+                shared.store_shard(parameters[inner], whole)
+
+            shared.fill(name, network, shapes, seed, self.device, store)
             network.init_buffers()  # type: ignore[operator]
         for buffer in network.buffers():
             buffer.data = buffer.data.to(self.device)

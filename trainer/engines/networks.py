@@ -106,6 +106,7 @@ def is_meta(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def fill(
+    network_name: str,
     network: nn.Module,
     shapes: Mapping[str, Sequence[int]],
     seed: int,
@@ -115,18 +116,26 @@ def fill(
     """Draw a network's first parameters, one whole parameter at a time, and hand each to `store(name, whole)`.
 
     Args:
+        network_name: the network's in the run.
         shapes: of the whole parameters, by name.
     """
     assert isinstance(network, Initializable)
     for name, shape in shapes.items():
         whole = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-        network.init_parameter(name, whole, parameter_generator(seed, name, device))
+        network.init_parameter(name, whole, parameter_generator(seed, network_name, name, device))
         store(name, whole)
 
 
-def prepare_frozen(network: nn.Module, sharded: bool, precision: Precision, seed: int, device: torch.device) -> None:
+def prepare_frozen(
+    name: str, network: nn.Module, sharded: bool, precision: Precision, seed: int, device: torch.device
+) -> None:
     """Place a network that is only used: in the compute type, whole on every rank or sharded over all of them by FSDP2,
-    filled if it is still on the meta device."""
+    filled if it is still on the meta device.
+
+    Args:
+        name: the network's in the run.
+        seed: of the run.
+    """
     dtype = compute_dtype(precision)
     network.requires_grad_(False).eval().to(dtype)
     meta = is_meta(network)
@@ -139,8 +148,8 @@ def prepare_frozen(network: nn.Module, sharded: bool, precision: Precision, seed
     if meta:
         network.to_empty(device=device)
         parameters = dict(network.named_parameters())
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        fill(network, shapes, seed, device, lambda name, whole: store_shard(parameters[name], whole))
+        shapes = {inner: parameter.shape for inner, parameter in parameters.items()}
+        fill(name, network, shapes, seed, device, lambda inner, whole: store_shard(parameters[inner], whole))
         network.init_buffers()  # type: ignore[operator]
     network.to(device)
     cast_at_border(network, dtype)
