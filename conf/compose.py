@@ -16,7 +16,7 @@ from conf.errors import ConfigError
 
 ROOT = Path(__file__).parent
 # Mappings whose keys are the user's own names.
-_OPEN = ("data.sources.", "data.storage_options.", "ema.lengths.", "log.wandb.")
+_OPEN = ("data.sources.", "data.storage_options.", "ema.lengths.", "log.wandb.", "networks.")
 
 
 def compose(job: str, overrides: list[str]) -> DictConfig:

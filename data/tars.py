@@ -208,21 +208,8 @@ class TarSplit:
     ) -> Loader:
         """Reads some lanes of a plan of this split. `crop`, `flip` and `workers` are the config's unless given."""
         data = self.data
-        reader = SliceReader(
-            [
-                ReaderSource(name, self.selections[name], source.captions, _color(source.background))
-                for name, source in data.sources.items()
-            ],
-            self.buckets,
-            data.store,
-            plan.seed,
-            crop=data.crop if crop is None else crop,
-            flip=data.flip if flip is None else flip,
-            max_pixels=data.max_pixels,
-            concurrency=data.concurrency,
-        )
         return Loader(
-            reader,
+            self.reader(plan.seed, crop, flip),
             plan,
             lanes,
             workers=data.workers if workers is None else workers,
@@ -230,6 +217,26 @@ class TarSplit:
             pin_memory=pin_memory,
             log_keys=data.log_keys,
             max_bad_in_a_row=data.max_bad_in_a_row,
+        )
+
+    def reader(
+        self, seed: int, crop: Literal["random", "center"] | None = None, flip: bool | None = None
+    ) -> SliceReader:
+        """Reads planned slices of this split, whose draws have that seed. `crop` and `flip` are the config's unless
+        given."""
+        data = self.data
+        return SliceReader(
+            [
+                ReaderSource(name, self.selections[name], source.captions, _color(source.background))
+                for name, source in data.sources.items()
+            ],
+            self.buckets,
+            data.store,
+            seed,
+            crop=data.crop if crop is None else crop,
+            flip=data.flip if flip is None else flip,
+            max_pixels=data.max_pixels,
+            concurrency=data.concurrency,
         )
 
 

@@ -32,7 +32,7 @@ class Run:
         steps: length of the run.
         global_batch: samples in a step, over all ranks.
         arrange: slices of a step -> passes; must give every rank the same number of passes.
-        learning_rate: of a step, counted from 0.
+        learning_rate: of a phase at a step, counted from 0.
         meter: collects losses and norms for the log.
         callbacks: after each step, in this order.
         patience: so many steps in a row without a finite gradient are rolled back.
@@ -50,7 +50,7 @@ class Run:
     steps: int
     global_batch: int
     arrange: Callable[[list[Batch]], list[Batch]]
-    learning_rate: Callable[[int], float]
+    learning_rate: Callable[[Phase, int], float]
     meter: Meter
     callbacks: Sequence[Callback]
     patience: int
@@ -82,7 +82,7 @@ def fit(run: Run, step: int) -> int:
 
 def take_phase(run: Run, phase: Phase, step: int, passes: Sequence[Batch]) -> bool:
     """One phase of one step: a gradient over all passes and ranks, and an update. Returns whether it was finite."""
-    lr = run.learning_rate(step)
+    lr = run.learning_rate(phase, step)
     for number, batch in enumerate(passes):
         with run.engine.accumulating(phase, last=number == len(passes) - 1):
             losses = run.objective.losses(phase, run.engine.networks, batch)

@@ -1,6 +1,7 @@
-"""The networks of a run, from its config: the denoiser to train, and the frozen ones around it."""
+"""The networks of a run, from its config: those that the objective trains, and the frozen ones around them."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,23 +11,41 @@ from conf.errors import ConfigError
 from conf.schema import build, target
 from data.tars import TarSplit
 from trainer.distributed import World, barrier
+from trainer.objectives.base import Objective
 
+# Networks that a key of their own describes; `networks.<name>` describes any other.
+_KEYS = {"denoiser": "model", "conditioner": "conditioner", "first_stage": "first_stage"}
 # Captions that a local text encoder is trained from, of each source.
 _CAPTIONS = 20_000
 
 
-def build_networks(config: Any, split: TarSplit, world: World) -> dict[str, nn.Module]:
-    """ "denoiser" and "first_stage" on the meta device for an engine to fill, "conditioner" loaded.
+def build_networks(config: Any, objective: Objective, split: TarSplit, world: World) -> dict[str, nn.Module]:
+    """The networks that the objective names: a "conditioner" loaded, all others on the meta device for an engine to
+    fill.
 
     Raises:
-        ConfigError: the denoiser's sizes do not fit the first stage's or the text encoders'.
+        ConfigError: a network is not described, or described but not used; the denoiser's sizes do not fit the first
+            stage's or the text encoders'.
     """
-    conditioner = _build_conditioner(config.conditioner, split, world)
-    with torch.device("meta"):
-        first_stage = build(config.first_stage)
-        denoiser = build(config.model)
-    _check(denoiser, first_stage, conditioner)
-    return {"denoiser": denoiser, "conditioner": conditioner, "first_stage": first_stage}
+    nodes = {name: config[key] for name, key in _KEYS.items()} | dict(config.networks)
+    kind = type(objective).__name__
+    for name in config.networks:
+        if name in _KEYS:
+            raise ConfigError(f"networks.{name} is described twice: {_KEYS[name]!r} is the key of the {name}.")
+        if name not in objective.networks:
+            raise ConfigError(f"networks.{name} is not used: {kind} has {', '.join(objective.networks)}.")
+    for name in objective.networks:
+        if name not in nodes:
+            raise ConfigError(f"networks.{name} is missing: {kind} has {', '.join(objective.networks)}.")
+    networks: dict[str, nn.Module] = {}
+    for name in objective.networks:
+        if name == "conditioner":
+            networks[name] = _build_conditioner(nodes[name], split, world)
+        else:
+            with torch.device("meta"):
+                networks[name] = build(nodes[name])
+    _check(networks)
+    return networks
 
 
 def _build_conditioner(config: Any, split: TarSplit, world: World) -> nn.Module:
@@ -40,12 +59,15 @@ def _build_conditioner(config: Any, split: TarSplit, world: World) -> nn.Module:
     return conditioner if world.is_main else build(config)
 
 
-def _check(denoiser: nn.Module, first_stage: nn.Module, conditioner: nn.Module) -> None:
-    takes: dict[str, int] = denoiser.config  # type: ignore[assignment]
-    for key, what, gives in (
-        ("in_channels", "first stage", first_stage.channels),
-        ("joint_attention_dim", "conditioner", conditioner.context_dim),
-        ("pooled_projection_dim", "conditioner", conditioner.pooled_dim),
+def _check(networks: Mapping[str, nn.Module]) -> None:
+    if "denoiser" not in networks:
+        return
+    takes: dict[str, int] = networks["denoiser"].config  # type: ignore[assignment]
+    for key, source, what in (
+        ("in_channels", "first_stage", "channels"),
+        ("joint_attention_dim", "conditioner", "context_dim"),
+        ("pooled_projection_dim", "conditioner", "pooled_dim"),
     ):
-        if takes[key] != gives:
-            raise ConfigError(f"model.{key} is {takes[key]}, but the {what} gives {gives}: set model.{key}={gives}.")
+        if source in networks and takes[key] != (gives := getattr(networks[source], what)):
+            name = source.replace("_", " ")
+            raise ConfigError(f"model.{key} is {takes[key]}, but the {name} gives {gives}: set model.{key}={gives}.")

@@ -11,7 +11,7 @@ class Passes:
     that; fusing slices does only where all have one shape, since a rank does not know the others' buckets.
 
     Args:
-        size: samples in a pass; None is a slice.
+        size: samples in a pass; None is a slice, or with "global" scope all that a rank has in a step.
         slice_size: samples in a slice.
         lanes: slices that each rank serves in a step.
         buckets: shapes that occur.
@@ -22,9 +22,12 @@ class Passes:
     """
 
     def __init__(self, size: int | None, slice_size: int, lanes: int, buckets: int, scope: Scope):
-        size = slice_size if size is None else size
-        if size != slice_size and scope != "sample":
-            raise ValueError(f"pass_size={size}: this objective's losses need whole slices of {slice_size} samples")
+        whole = slice_size * lanes if scope == "global" else slice_size
+        size = whole if size is None else size
+        if size != whole and scope != "sample":
+            raise ValueError(
+                f"pass_size={size}: with its scope, {scope!r}, this objective takes passes of {whole} samples"
+            )
         if size < slice_size and slice_size % size:
             raise ValueError(f"pass_size={size} does not divide the slice of {slice_size} samples (batch / lanes)")
         if size > slice_size and (size % slice_size or lanes % (size // slice_size)):

@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.tars import TarSplit
-from models.guidance import Guidance
-from models.process import Process
-from models.samplers import Sampler
 from trainer.callbacks import averaged
 from trainer.distributed import is_main
 from trainer.ema import Ema
 from trainer.engines.base import Engine
+from trainer.objectives.base import DrawsPictures
 from trainer.run_directory import RunDirectory
-from trainer.sampling import Picture, draw, grid, save_png
+from trainer.sampling import Picture, grid, save_png, share_work
 from trainer.tracking import Tracker
 
 # Sheets of tiny pictures are enlarged to about this height per picture.
@@ -25,16 +23,13 @@ class SampleGrid:
 
     Args:
         pictures: what to draw.
-        process: of the run.
-        sampler, guidance: how to draw.
+        objective: of the run; it draws.
         directory: of the run.
         tracker: shows the sheet in W&B.
     """
 
     pictures: Sequence[Picture]
-    process: Process
-    sampler: Sampler
-    guidance: Guidance
+    objective: DrawsPictures
     directory: RunDirectory
     tracker: Tracker
 
@@ -46,7 +41,7 @@ class SampleGrid:
             step: steps taken.
         """
         with averaged(ema, length):
-            images = draw(engine.networks, self.process, self.sampler, self.guidance, self.pictures, engine.device)
+            images = share_work(lambda part: self.objective.draw(engine.networks, part, engine.device), self.pictures)
         if is_main():
             path = self.directory.samples / f"step_{step:08d}.png"
             metadata = {"prompts": [p.prompt for p in self.pictures], "seeds": [p.seed for p in self.pictures]}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,6 @@ class Picture:
     width: int
 
 
-@torch.no_grad()
 def draw(
     networks: Mapping[str, nn.Module],
     process: Process,
@@ -45,13 +44,21 @@ def draw(
     device: torch.device,
     batch: int = 16,
 ) -> list[Tensor]:
+    """Draw pictures by diffusion, the ranks sharing the work; see `share_work` and `draw_pass`."""
+    return share_work(lambda part: draw_pass(networks, process, sampler, guidance, part, device), pictures, batch)
+
+
+@torch.no_grad()
+def share_work(
+    draw_part: Callable[[Sequence[Picture]], Sequence[Tensor]], pictures: Sequence[Picture], batch: int = 16
+) -> list[Tensor]:
     """Draw pictures, the ranks sharing the work. Collective; every rank returns all, as uint8 (3, H, W) on the CPU.
 
     Ranks run the same number of passes of the same shape, as sharded networks require: a rank with less to do repeats.
 
     Args:
-        networks: "denoiser", "conditioner" and "first_stage".
-        batch: pictures in one pass.
+        draw_part: draws pictures of one size, in one pass.
+        batch: pictures in one pass, at most.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     drawn: dict[int, Tensor] = {}
@@ -62,7 +69,7 @@ def draw(
         padded = mine + [numbers[0]] * (share - len(mine))
         for start in range(0, share, batch):
             part = padded[start : start + batch]
-            images = _draw_pass(networks, process, sampler, guidance, [pictures[i] for i in part], device)
+            images = draw_part([pictures[i] for i in part])
             drawn |= dict(zip(part, images, strict=True))
     if world > 1:
         gathered: list[dict[int, Tensor]] = [{}] * world
@@ -71,7 +78,7 @@ def draw(
     return [drawn[i] for i in range(len(pictures))]
 
 
-def _draw_pass(
+def draw_pass(
     networks: Mapping[str, nn.Module],
     process: Process,
     sampler: Sampler,
@@ -79,6 +86,11 @@ def _draw_pass(
     pictures: Sequence[Picture],
     device: torch.device,
 ) -> list[Tensor]:
+    """Draw pictures of one size together, by diffusion, as uint8 (3, H, W) on the CPU.
+
+    Args:
+        networks: "denoiser", "conditioner" and "first_stage".
+    """
     first_stage, conditioner = networks["first_stage"], networks["conditioner"]
     shape = first_stage.latent_shape(pictures[0].height, pictures[0].width)  # type: ignore[operator]
     prompts = [p.prompt for p in pictures]

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from pydantic import PositiveInt
 
+from conf.errors import ConfigError
 from conf.schema import build
 from data.inspect import bucket_table, contact_sheet
 from data.plan import Plan, lanes_of, split_batch
@@ -20,7 +21,9 @@ from trainer.init_from import InitFrom
 from trainer.loop import Callback, Run, fit
 from trainer.meter import Meter
 from trainer.networks import build_networks
+from trainer.objectives.base import DrawsPictures, Objective, Validates
 from trainer.passes import Passes
+from trainer.phases import build_by_phase
 from trainer.rehearsal import rehearse
 from trainer.report import write_report
 from trainer.run_directory import RunDirectory, without_secrets
@@ -52,7 +55,6 @@ class ValidationConfig:
 
     every: PositiveInt | None
     samples: PositiveInt
-    times: PositiveInt
     ema: str | None
 
 
@@ -73,6 +75,7 @@ class Config:
     model: Any
     first_stage: Any
     conditioner: Any
+    networks: dict[str, Any]
     process: Any
     objective: Any
     data: Any
@@ -114,6 +117,15 @@ def dry_run(split: TarSplit, plan: Plan, directory: RunDirectory) -> None:
     print(f"{table}\n{path}")
 
 
+def check_callbacks(config: Any, objective: Objective) -> None:
+    """Raises ConfigError for validation or sample grids that the objective cannot give."""
+    kind = type(objective).__name__
+    if config.validation.every is not None and config.data.holdout and not isinstance(objective, Validates):
+        raise ConfigError(f"{kind} has no validation loss: set validation.every=null.")
+    if config.samples.every is not None and not isinstance(objective, DrawsPictures):
+        raise ConfigError(f"{kind} draws no pictures of prompts: set samples.every=null.")
+
+
 def run(config: Any) -> None:
     """Train, or go on training, the run of this config."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -143,13 +155,18 @@ def train(config: Any, world: World) -> None:
             dry_run(split, split.plan(lanes, slice_size, config.seed), directory)
         return
 
-    # Networks, on an engine.
+    # Networks, on an engine, and the passes they take.
     objective = build(config.objective)
-    networks = build_networks(config, split, world)
-    optimizers = {phase.name: build(config.optimizer) for phase in objective.phases}
+    check_callbacks(config, objective)
+    networks = build_networks(config, objective, split, world)
+    optimizers = build_by_phase(config.optimizer, objective.phases, "optimizer")
+    schedules = build_by_phase(config.schedule, objective.phases, "schedule")
     engine = build(config.engine).build(networks, objective.phases, optimizers, config.seed, world.device)
     ema = build(config.ema)
     ema.attach(engine)
+    shares = split.shares()
+    shapes = list(shares)
+    arrange = Passes(config.pass_size, slice_size, len(mine), len(shapes), objective.scope)
 
     # Where to go on from.
     policy = build(config.checkpoint)
@@ -195,14 +212,13 @@ def train(config: Any, world: World) -> None:
     logging_ = Log(meter, tracker, config.steps, config.log.every)
     callbacks: list[Callback] = [UpdateEma(ema), logging_, Every(serving.flush, config.log.every, config.steps, meter)]
     if held_out is not None and config.validation.every is not None:
-        batches = validation_batches(held_out, config.validation.samples, slice_size, world.rank, world.size)
-        validation = Validation(batches, config.validation.times)
+        batches = validation_batches(held_out, config.validation.samples, arrange.size, world.rank, world.size)
+        validation = Validation(batches)
         logging_.validate_every = config.validation.every
         logging_.validate = lambda: validation(objective, engine, ema, config.validation.ema)
     if config.samples.every is not None:
         pictures = pictures_for(config.samples.prompts, config.samples.count, held_out or split)
-        sampler, guidance = build(config.sampler), build(config.guidance)
-        grid = SampleGrid(pictures, objective.process, sampler, guidance, directory, tracker)
+        grid = SampleGrid(pictures, objective, directory, tracker)
         callbacks.append(
             Every(lambda step: grid(engine, ema, config.samples.ema, step), config.samples.every, config.steps, meter)
         )
@@ -210,15 +226,11 @@ def train(config: Any, world: World) -> None:
     callbacks.append(Every(lambda step: None if loop.bad_steps else save(step), policy.every, config.steps, meter))
 
     # The loop.
-    shares = split.shares()
-    shapes = list(shares)
-    arrange = Passes(config.pass_size, slice_size, len(mine), len(shapes), objective.scope)
     if config.rehearse:
         rehearse(objective, engine, shapes, slice_size, len(mine), arrange)
     meter.flops_per_sample = sum(share * objective.flops(networks, shape) for shape, share in shares.items())
     peak = config.log.peak_flops or peak_flops(world.device)
     meter.peak_flops = peak * world.size if peak else None
-    schedule = build(config.schedule)
     stopping = StopSignal(world.device)
     loop = Run(
         objective=objective,
@@ -227,7 +239,7 @@ def train(config: Any, world: World) -> None:
         steps=config.steps,
         global_batch=config.batch,
         arrange=arrange,
-        learning_rate=lambda step: schedule.at(step, config.steps),
+        learning_rate=lambda phase, step: schedules[phase.name].at(step, config.steps),
         meter=meter,
         callbacks=callbacks,
         patience=config.patience,

@@ -1,89 +1,103 @@
-"""Validation loss that can be compared: the same samples, noise and timesteps, whatever the step, run or world size."""
+"""Validation loss that can be compared: the same samples and noise, whatever the step, run, slices or world size."""
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import nn
 
-from data.batch import Batch
+from data.batch import Batch, PlannedSlice, fuse
+from data.hashing import mix64, text64
+from data.reader import BadSliceError, SliceReader
 from data.tars import TarSplit
 from trainer.callbacks import averaged
 from trainer.distributed import all_reduce_sum
 from trainer.ema import Ema
 from trainer.engines.base import Engine
-from trainer.objectives.diffusion import Diffusion, latents
+from trainer.objectives.base import Validates
+from trainer.rehearsal import blank
+
+log = logging.getLogger(__name__)
+
+# Validation is the same for every run on the same data: its order and noise have a seed of their own, and a "step" that
+# is no training step's.
+_SEED = 0
+VALIDATION_STEP = -1
 
 
 class Validation:
-    """The loss of held-out samples at equidistant times (SD3, arXiv 2403.03206, section 5.3: eight of them).
+    """The losses of held-out samples.
 
     Args:
-        batches: every rank's share of the held-out samples; all ranks must have the same number of batches. Samples
-            whose key is "" only fill a batch up, and do not count.
-        times: number of times t, the midpoints of as many equal parts of [0, 1].
+        batches: this rank's share of them; all ranks must have the same number of batches. Samples whose key is "" only
+            fill a batch up, and do not count.
     """
 
-    def __init__(self, batches: Sequence[Batch], times: int = 8):
+    def __init__(self, batches: Sequence[Batch]):
         self.batches = batches
-        self.times = times
 
     @torch.no_grad()
-    def __call__(self, objective: Diffusion, engine: Engine, ema: Ema, length: str | None) -> dict[str, float]:
-        """`val/loss` (mean over samples and times) and `val/loss_by_t/<i>`; collective, the same on every rank.
+    def __call__(self, objective: Validates, engine: Engine, ema: Ema, length: str | None) -> dict[str, float]:
+        """`val/<name>`, averages over all samples; collective, the same on every rank.
 
         Args:
             length: the average whose weights to validate; None takes the weights themselves.
         """
+        sums: dict[str, float] = defaultdict(float)
         with averaged(ema, length):
-            return self._losses(objective, engine.networks, engine.device)
-
-    def _losses(
-        self, objective: Diffusion, networks: Mapping[str, nn.Module], device: torch.device
-    ) -> dict[str, float]:
-        sums = {f"val/loss_by_t/{i}": 0.0 for i in range(self.times)} | {"count": 0.0}
-        times = objective.process.validation_times(self.times).to(device)
-        for batch in self.batches:
-            batch = batch.to(device)
-            counts = torch.tensor([key != "" for key in batch.keys], device=device)
-            x0 = latents(networks["first_stage"], batch)
-            conditions = objective.conditions(networks["conditioner"], batch, dropout=False)
-            for i, t in enumerate(times):
-                losses = objective.losses_at(networks["denoiser"], x0, conditions, batch, t.expand(len(batch)))
-                sums[f"val/loss_by_t/{i}"] += losses.per_sample[counts].double().sum().item()
-            sums["count"] += float(counts.sum())
-        sums = all_reduce_sum(sums, device)
+            for batch in self.batches:
+                counts = torch.tensor([key != "" for key in batch.keys], device=engine.device)
+                sums["count"] += float(counts.sum())
+                for name, values in objective.validation_losses(engine.networks, batch.to(engine.device)).items():
+                    sums[f"val/{name}"] += values[counts].double().sum().item()
+        sums = all_reduce_sum(sums, engine.device)
         count = sums.pop("count")
-        by_time = {name: total / count for name, total in sums.items()}
-        return {"val/loss": math.fsum(by_time.values()) / self.times} | by_time
+        return {name: total / count for name, total in sums.items()}
 
 
-# Validation is the same for every run on the same data: its plan has a seed of its own.
-_SEED = 0
+def validation_samples(split: TarSplit, count: int) -> list[PlannedSlice]:
+    """The first `count` samples of a split, or all it has, each once and as a slice of its own, so that it has
+    draws of its own. Their order is that of a hash of source and row, which mixes sources, shards and buckets."""
+    tables = [compiled.bucket.reshape(-1)[: compiled.rows] for compiled in split.compiled.values()]
+    source_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    rows = np.concatenate([np.arange(len(table)) for table in tables])
+    names = np.array([text64(name) for name in split.compiled], dtype=np.uint64)
+    order = np.argsort(mix64(_SEED, names[source_of], rows), kind="stable")[:count]
+    return [
+        PlannedSlice(VALIDATION_STEP, lane, source, int(tables[source][row]), np.array([row]))
+        for lane, (source, row) in enumerate(zip(source_of[order].tolist(), rows[order].tolist(), strict=True))
+    ]
 
 
 def validation_batches(split: TarSplit, samples: int, size: int, rank: int, world: int) -> list[Batch]:
-    """This rank's share of the first `samples` validation samples, as batches of one bucket each.
+    """This rank's share of the first `samples` samples of a split, as batches of one bucket each.
 
-    Which samples share a batch, and the noise of each, do not depend on the world size. A rank with less to do repeats
-    a batch that does not count.
+    Every batch has `size` samples, the shape of training's passes, and every rank as many batches as the others: black
+    pictures that do not count fill them up, and stand in for samples that cannot be read.
 
     Args:
         samples: how many at most; fewer where the split has fewer.
         size: samples in a batch.
     """
-    totals = split.totals()
-    size = min(size, int(max(totals)))
-    # No more slices than one epoch has, so that no sample counts twice.
-    slices = max(1, min(samples // size, int(sum(total // size for total in totals))))
-    plan = split.plan(slices, size, _SEED)
-    mine = [*range(rank, slices, world)]
+    by_bucket: dict[int, list[PlannedSlice]] = {}
+    for planned in validation_samples(split, samples):
+        by_bucket.setdefault(planned.bucket, []).append(planned)
+    passes = [part[i : i + size] for _, part in sorted(by_bucket.items()) for i in range(0, len(part), size)]
+    reader = split.reader(_SEED, crop="center", flip=False)
+    batches = [_read(reader, part, size) for part in passes[rank::world]]
+    spare = blank(split.buckets[passes[0][0].bucket], size)
+    return batches + [spare] * (math.ceil(len(passes) / world) - len(batches))
+
+
+def _read(reader: SliceReader, part: Sequence[PlannedSlice], size: int) -> Batch:
     batches = []
-    for lane in mine or [0]:
-        loader = split.loader(plan, range(lane, lane + 1), crop="center", flip=False, workers=0)
-        batches += loader.step(0)
-    spare = [replace(batches[0], keys=[""] * len(batches[0]))]
-    if not mine:
-        batches = spare
-    return batches + spare * (math.ceil(slices / world) - len(batches))
+    for planned in part:
+        try:
+            batches.append(reader[planned].batch)
+        except BadSliceError as error:
+            log.warning("validation goes without a sample: %s", error)
+    if len(batches) < size:
+        batches.append(blank(reader.buckets[part[0].bucket], size - len(batches)))
+    return fuse(batches)

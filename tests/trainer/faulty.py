@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from data.batch import Batch
-from models.process import Process
 from trainer.objectives.base import Losses, Phase
 from trainer.objectives.diffusion import Diffusion
 
@@ -14,8 +14,8 @@ from trainer.objectives.diffusion import Diffusion
 class NotFiniteAt(Diffusion):
     """Diffusion with a loss of nan at some steps, on lane 0 only: other ranks must learn of it."""
 
-    def __init__(self, process: Process, steps: list[int], caption_dropout: float = 0.1):
-        super().__init__(process, caption_dropout)
+    def __init__(self, steps: list[int], **diffusion: Any):
+        super().__init__(**diffusion)
         self.steps = steps
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:

@@ -1,6 +1,6 @@
 """Small networks, and what a single process makes of them: the reference of every engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.batch import Batch
 from models.initialization import initialize
 from trainer.engines.base import Engine
 from trainer.engines.optimizer import AdamW
 from trainer.gradients import LastLayer
-from trainer.objectives.base import Phase
+from trainer.objectives.base import Losses, Objective, Phase
 
 
 class Seeded(nn.Module):
@@ -153,6 +154,29 @@ def toy_loss(phase: Phase, networks: Any, batch: dict[str, Tensor]) -> Tensor:
     adversarial = -networks["discriminator"](fake)
     nll_norm, adversarial_norm = last.gradient_norms([nll.mean(), adversarial.mean()])
     return nll + (nll_norm / (adversarial_norm + 1e-4)).clamp(0, 1e4) * adversarial
+
+
+class Adversarial(Objective):
+    """`toy_loss` of a run's pictures: two phases, and nothing of diffusion. It neither validates nor draws."""
+
+    networks = ("generator", "discriminator")
+    phases = ADVERSARIAL
+    scope = "slice"
+
+    def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
+        return Losses(toy_loss(phase, networks, {"image": pixels(batch)}))
+
+
+class ValidatedAdversarial(Adversarial):
+    """The same, validated by its reconstruction error."""
+
+    def validation_losses(self, networks: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        error = networks["generator"](pixels(batch)) - pixels(batch)
+        return {"loss": error.abs().mean((1, 2, 3)), "squared": error.square().mean((1, 2, 3))}
+
+
+def pixels(batch: Batch) -> Tensor:
+    return batch.images.float() / 127.5 - 1
 
 
 def slices(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:

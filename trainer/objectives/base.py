@@ -1,14 +1,16 @@
 """An objective turns networks and a batch into losses, in phases. The loop knows phases, and no paper's name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
 from data.buckets import Bucket
+from trainer.sampling import Picture
 
 Scope = Literal["sample", "slice", "global"]
 
@@ -43,12 +45,17 @@ class Losses:
 
 
 class Objective(ABC):
-    """Networks and a batch to losses.
+    """Networks and a batch to losses. What else an objective may do: `Validates`, `DrawsPictures`.
 
-    `scope` says what the losses separate by: "sample" passes may be fused or split freely; "slice" passes are served
-    one slice at a time (batch statistics, adaptive GAN weights); "global" needs the whole batch gathered.
+    Attributes:
+        networks: names of all networks that it uses, trained and frozen; those of the configuration are built for it.
+        phases: of a training step, in this order.
+        scope: what the losses separate by. "sample": passes may be fused or split freely. "slice": a pass is a slice
+            (batch statistics, adaptive GAN weights). "global": a rank's whole share of the batch is one pass, in which
+            `losses` gathers from the other ranks what it compares (contrastive losses).
     """
 
+    networks: tuple[str, ...]
     phases: tuple[Phase, ...]
     scope: Scope = "sample"
 
@@ -60,3 +67,23 @@ class Objective(ABC):
         """FLOPs that training takes for one sample of a shape, as MFU counts them: those of the formulas, not what is
         computed anew under activation checkpointing. 0 where they are not counted."""
         return 0.0
+
+
+@runtime_checkable
+class Validates(Protocol):
+    """An objective with a loss of held-out samples by which runs, and steps of one run, can be compared."""
+
+    def validation_losses(self, networks: Mapping[str, nn.Module], batch: Batch) -> Mapping[str, Tensor]:
+        """Values of each sample, (n,) float32 by name. Their averages are logged as `val/<name>`; the one that stands
+        for all is "loss". Called without gradients; random numbers come from `batch.draws`, and nothing else (dropout)
+        is random."""
+
+
+@runtime_checkable
+class DrawsPictures(Protocol):
+    """An objective whose networks make pictures of prompts, for a run's sample grids."""
+
+    def draw(
+        self, networks: Mapping[str, nn.Module], pictures: Sequence[Picture], device: torch.device
+    ) -> Sequence[Tensor]:
+        """One pass: pictures of one size, as uint8 (3, H, W) on the CPU. Called without gradients."""

@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.buckets import Bucket
+from models.guidance import Guidance
 from models.process import Process
+from models.samplers import Sampler
 from trainer.objectives.base import Losses, Objective, Phase
+from trainer.sampling import Picture, draw_pass
 
 
 class Diffusion(Objective):
@@ -18,15 +21,28 @@ class Diffusion(Objective):
 
     Args:
         process: noising path, parameterization, density of times and weight.
+        sampler, guidance: how the run's sample grids are drawn.
         caption_dropout: probability with which each text encoder's output is dropped from a sample, independently; one
             number for all encoders or one for each (SD3 drops each of three in 46.4 % of samples, arXiv 2403.03206).
+        validation_times: number of times t at which held-out samples are noised, the midpoints of as many equal parts
+            of [0, 1] (SD3, section 5.3: eight).
     """
 
+    networks = ("denoiser", "conditioner", "first_stage")
     phases = (Phase("denoise", ("denoiser",)),)
 
-    def __init__(self, process: Process, caption_dropout: float | list[float] = 0.1):
-        self.process = process
-        self.caption_dropout = caption_dropout
+    def __init__(
+        self,
+        process: Process,
+        sampler: Sampler,
+        guidance: Guidance,
+        caption_dropout: float | list[float] = 0.1,
+        validation_times: int = 8,
+    ):
+        if validation_times < 1:
+            raise ValueError(f"objective.validation_times is {validation_times}; it must be at least 1")
+        self.process, self.sampler, self.guidance = process, sampler, guidance
+        self.caption_dropout, self.validation_times = caption_dropout, validation_times
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         """Weighted squared error of the prediction, averaged over each sample's elements."""
@@ -39,12 +55,28 @@ class Diffusion(Objective):
     def losses_at(
         self, denoiser: nn.Module, x0: Tensor, conditions: Mapping[str, Tensor], batch: Batch, t: Tensor
     ) -> Losses:
-        """The loss of each sample at given times t (n,); validation asks for fixed ones."""
+        """The loss of each sample at given times t (n,)."""
         noise = batch.draws.normal("noise", x0.shape[1:], x0.device)
         x_t = self.process.add_noise(x0, noise, t)
         prediction = denoiser(self.process.network_input(x_t, t), self.process.network_time(t), **conditions)
         error = (prediction.float() - self.process.target(x0, noise, t)).square().flatten(1).mean(1)
         return Losses(per_sample=self.process.loss_weight(t) * error, t=t.detach())
+
+    def validation_losses(self, networks: Mapping[str, nn.Module], batch: Batch) -> Mapping[str, Tensor]:
+        """The loss at each of the fixed times, `loss_by_t/<i>`, and their mean, under all captions."""
+        x0 = latents(networks["first_stage"], batch)
+        conditions = self.conditions(networks["conditioner"], batch, dropout=False)
+        by_time = {}
+        for i, t in enumerate(self.process.validation_times(self.validation_times).to(x0.device)):
+            losses = self.losses_at(networks["denoiser"], x0, conditions, batch, t.expand(len(batch)))
+            by_time[f"loss_by_t/{i}"] = losses.per_sample
+        return {"loss": torch.stack(list(by_time.values())).mean(0)} | by_time
+
+    def draw(
+        self, networks: Mapping[str, nn.Module], pictures: Sequence[Picture], device: torch.device
+    ) -> Sequence[Tensor]:
+        """Sample, and decode what was sampled."""
+        return draw_pass(networks, self.process, self.sampler, self.guidance, pictures, device)
 
     def flops(self, networks: Mapping[str, nn.Module], shape: Bucket) -> float:
         """Forward and backward of the denoiser, three times its forward pass; encoders are not counted."""

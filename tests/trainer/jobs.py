@@ -1,0 +1,39 @@
+"""The `train` job on the session's gloo ranks: as a command line would compose it, without the start of processes."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from conf.compose import compose
+from conf.schema import check
+from tests.trainer.ranks import ranks
+from trainer.distributed import World
+from trainer.run_directory import read_jsonl
+from trainer.train import Config, train
+
+# No text, two blocks, a few steps.
+SMALL = [
+    "conditioner=none",
+    *(f"model.{key}={value}" for key, value in {"sample_size": 8, "patch_size": 4, "in_channels": 3}.items()),
+    *("model.num_layers=2", "model.attention_head_dim=16", "model.num_attention_heads=2"),
+    *("model.joint_attention_dim=64", "model.pooled_projection_dim=64", "model.pos_embed_max_size=16"),
+    *("buckets=tiny", "batch=8", "lanes=4", "steps=4", "ema=none"),
+    *("engine.precision=fp32", "data.workers=0", "data.log_keys=true"),
+    *("log.every=1", "log.wandb=null", "validation.every=null", "samples.every=null", "rehearse=false"),
+]
+
+
+def train_on(world: int, folder: Path, *overrides: str) -> list[dict]:
+    """Train a run of `folder` to its end on so many ranks; the rows of its metrics.jsonl. `name=` is an override."""
+    shared = [f"runs={folder}/runs", f"data.cache_folder={folder}/cache"]
+    ranks(world).run(_train, [*SMALL, *shared, *overrides])
+    (name,) = (value.removeprefix("name=") for value in overrides if value.startswith("name="))
+    return read_jsonl(folder / "runs" / name / "metrics.jsonl")
+
+
+def _train(overrides: list[str]) -> None:
+    config = compose("train", overrides)
+    check(config, Config)
+    rank = dist.get_rank()
+    train(config, World(rank, dist.get_world_size(), rank, torch.device("cpu"), launched=False))
