@@ -1,5 +1,6 @@
 """Weights from other runs and from diffusers folders, whole or in part, against diffusers' own classes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from PIL import Image
 
 from models.initialization import initialize
 from models.mmdit import MMDiT
+from tests.trainer.jobs import train_on
 from tests.trainer.ranks import ranks
 from tests.trainer.toys import DENOISE, OPTIMIZER, Denoiser, held, join, toy_networks
+from tools.demo.scenes import write_tars
 from trainer.checkpoint import CheckpointError, CheckpointPolicy, Record, load_weights
 from trainer.ema import ConstantDecay, Ema
 from trainer.engines.base import Engine
@@ -214,3 +217,30 @@ def test_sources_that_cannot_be_are_refused(tmp_path, theirs):
         "averages",
     ]
     assert all(part in message for part, message in zip(expected, messages, strict=True)), messages
+
+
+@pytest.mark.parametrize(
+    "positions", [["++model.learned_positions=true"], ["++model.position_scale=2.0"]], ids=["learned", "fixed"]
+)
+def test_a_run_that_starts_from_another_resumes_bit_for_bit_without_it(tmp_path, positions):
+    """Resized positions included: what `init_from` changes is in checkpoints, and what is not follows from the config.
+    The source is gone when the run resumes."""
+    write_tars(tmp_path / "scenes", 40, seed=0)
+    common = [f"data.sources.scenes.shards={tmp_path}/scenes", "schedule.warmup=0", "schedule.lr=1e-2"]
+    common += ["data.holdout=0.2", "validation.every=4"]
+    train_on(1, tmp_path, "name=source", *common, "++model.learned_positions=true", "steps=2")
+    source = tmp_path / "runs" / "source" / "checkpoints" / "step_00000002"
+    starting = [*common, *positions, f"init_from={source}", "model.pos_embed_max_size=12"]
+    straight = train_on(2, tmp_path, "name=straight", *starting)
+    train_on(2, tmp_path, "name=stopped", *starting, "steps=2")
+    shutil.rmtree(tmp_path / "runs" / "source")
+    resumed = train_on(2, tmp_path, "name=stopped", *starting)
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in resumed] == [row[key] for row in straight]
+    assert resumed[-1]["val/loss"] == straight[-1]["val/loss"]
+    ours, theirs = (
+        load_weights(tmp_path / "runs" / name / "checkpoints" / "step_00000004", "denoiser")
+        for name in ("stopped", "straight")
+    )
+    assert ("positions.table" in ours) == (positions == ["++model.learned_positions=true"])
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

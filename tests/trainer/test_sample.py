@@ -13,7 +13,9 @@ from data.draws import Draws
 from models.guidance import Guidance
 from models.samplers import Euler
 from tests.models.test_text import CAPTIONS, JOINT, LENGTH, sd3  # noqa: F401 (a fixture)
+from tests.trainer.jobs import train_on
 from tools import cli
+from tools.demo.scenes import write_tars
 from trainer.loading import load_model
 from trainer.sampling import SAMPLING_STEP, Picture, draw, grid
 
@@ -111,6 +113,27 @@ def test_the_job_writes_files_that_tell_prompt_and_seed(folder: Path, tmp_path: 
     alone = (tmp_path / "out" / "00001.png").read_bytes()
     first, second = (np.asarray(Image.open(io.BytesIO(data)), dtype=int) for data in (amid, alone))
     assert np.abs(first - second).max() <= 1
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_random_first_stage_is_the_runs_own_whatever_the_pictures_seed(tmp_path: Path, capsys, seed: int):
+    """The run's own grid and the job draw the same picture, through an autoencoder that is in no file."""
+    write_tars(tmp_path / "scenes", 20, seed=0)
+    model = ["first_stage=kl_tiny", "model.in_channels=4", "model.out_channels=4", "model.patch_size=2"]
+    shown = ["samples.every=2", "samples.prompts=['a red circle']", "sampler.steps=3", "buckets=square"]
+    data = [f"data.sources.scenes.shards={tmp_path}/scenes", "buckets.size=32", "steps=2"]
+    train_on(1, tmp_path, "name=kl", f"seed={seed}", *model, *shown, *data)
+    source, out = tmp_path / "runs" / "kl", tmp_path / "out"
+    sheet = np.asarray(Image.open(source / "samples" / "step_00000002.png"), dtype=int)
+    expected = sheet[::4, ::4][2:-2, 2:-2]  # enlarged four times, with a margin of two
+    arguments = [f"source={source}", f"out={out}", "prompts=['a red circle']", "sampler.steps=3", "each=2", "seed=0"]
+    assert cli.execute(["sample", *arguments]) == 0
+    ours, other = (np.asarray(Image.open(out / f"0000{i}.png"), dtype=int) for i in range(2))
+    assert np.abs(ours - expected).max() <= 1
+    assert np.abs(other - expected).max() > 20
+    # The same picture as the first of another seed: only noise depends on it.
+    assert cli.execute(["sample", *arguments[:-2], "seed=1"]) == 0
+    assert np.abs(np.asarray(Image.open(out / "00000.png"), dtype=int) - other).max() <= 1
 
 
 def test_sources_that_are_no_model_are_named(tmp_path: Path, capsys):
