@@ -1,6 +1,7 @@
 """The loader of a run: planned slices through DataLoader workers, in order, from any step on."""
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -65,6 +66,7 @@ class Loader:
             pin_memory=pin_memory,
             prefetch_factor=math.ceil(prefetch * len(lanes) / workers) if workers else None,
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_stops,
             generator=torch.Generator(),  # or else it takes a number from torch's global generator
         )
         self._deliveries: Iterator[Delivery] | None = None
@@ -152,6 +154,13 @@ class _PlanSampler(Sampler[PlannedSlice]):
 
     def __iter__(self) -> Iterator[PlannedSlice]:
         return self.plan.iterate(self.start_step, self.lanes)
+
+
+def _ignore_stops(_: int) -> None:
+    """Terminals and SLURM signal every process of a run, but whether it stops is its ranks' to say: until they close
+    the loader, batches must come."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(delivery: Any) -> Any:

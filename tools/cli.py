@@ -48,7 +48,7 @@ def main() -> None:
 
 def execute(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit status: 0; 2 after one sentence on stderr about a mistake in the command;
-    1 after one about its data, files or stores. Any other exception passes.
+    1 after one about its data, files or stores; 130 after Ctrl-C. Any other exception passes.
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -67,6 +67,9 @@ def execute(arguments: Sequence[str]) -> int:
             raise
         print(f"millrace: {error} ({_TRACEBACK}=1 shows where this was raised)", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("millrace: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -90,12 +93,11 @@ def _run(job: str, overrides: list[str]) -> None:
         return
 
     from conf.schema import check
+    from tools.launch import follow_launcher, launch, wants_ranks
 
+    follow_launcher()
     module = import_module(JOBS[job][0])
     check(config, module.Config)
-
-    from tools.launch import launch, wants_ranks
-
     if wants_ranks(config):
         launch(job, overrides, config)
     else:

@@ -3,15 +3,27 @@
 Under an existing `torchrun` or SLURM task nothing is started: the command joins as the rank it already is.
 """
 
+import ctypes
+import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
+import psutil
 from omegaconf import DictConfig
 
 from conf.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 _SENTENCE = "millrace: "
+_LAUNCHER = "MILLRACE_LAUNCHER"
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
 
 
 def wants_ranks(config: DictConfig) -> bool:
@@ -26,38 +38,98 @@ def wants_ranks(config: DictConfig) -> bool:
 def launch(job: str, overrides: list[str], config: DictConfig) -> None:
     """Run the same command as `cluster.processes` ranks; their output also lands in the run directory's `logs/`.
 
+    The first SIGTERM, SIGUSR1 or SIGINT is passed on to the ranks, which have all the time they need to save and leave.
+
     Raises:
         ConfigError: a rank failed; the sentence names it and its log.
+        KeyboardInterrupt: Ctrl-C was pressed twice, or before there were ranks; none is left.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    processes: int = config.cluster.processes
     logs = run_directory(config) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     # One thread pool per rank: the machine's cores are shared, and a fixed count keeps sums bit-equal between runs.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.cluster.processes)))
+    os.environ[_LAUNCHER] = str(os.getpid())
+    # -P keeps the caller's folder off the import path: it may well hold a folder named "data" or "models".
+    command = ["-P", "-m", "tools.cli", job, *overrides]
+    restarts: int = config.cluster.restarts
+    with _signals_forwarded() as forwarded:
+        while True:
+            try:
+                return _start_ranks(config.cluster.processes, logs, command)
+            except ChildFailedError as error:
+                rank, failure = error.get_first_failure()
+                words = f"rank {rank} of {job!r} failed{_last_words(logs, rank)}"
+                if forwarded:
+                    names = " and ".join(number.name for number in forwarded)
+                    words = f"asked to stop by {names}, {words} (exit status {failure.exitcode})"
+                if forwarded or restarts == 0:
+                    raise ConfigError(f"{words}; its whole output is under {logs}.") from error
+                restarts -= 1
+                log.warning("%s; starting again, %d more times", words, restarts)
+
+
+def _start_ranks(processes: int, logs: Path, command: list[str]) -> None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=config.cluster.restarts,
+        # Restarts are `launch`'s: the elastic agent's own would bring a run back that was asked to stop.
+        max_restarts=0,
         monitor_interval=0.2,
+        # Nor its signal handlers, which give the ranks 30 seconds, and undo nohup.
+        signals_to_handle="SIGQUIT",
         # Every rank writes its log; rank 0 also speaks here.
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL, tee={0: Std.ALL}),
     )
-    # -P keeps the caller's folder off the import path: it may well hold a folder named "data" or "models".
-    command = ["-P", "-m", "tools.cli", job, *overrides]
+    elastic_launch(settings, sys.executable)(*command)
+
+
+@contextmanager
+def _signals_forwarded() -> Iterator[list[signal.Signals]]:
+    """The first signal to stop goes to every rank; gives the signals so far. A second Ctrl-C kills the ranks.
+
+    Ranks lead sessions of their own, so that a terminal's Ctrl-C reaches only the launcher.
+    """
+    received: list[signal.Signals] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        ranks = [child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+        again = number == signal.SIGINT and signal.SIGINT in received
+        for rank in ranks:
+            if again:
+                os.killpg(rank, signal.SIGKILL)
+            elif not received:
+                os.kill(rank, number)
+        received.append(signal.Signals(number))
+        if again or not ranks:
+            raise KeyboardInterrupt
+
+    earlier = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        elastic_launch(settings, sys.executable)(*command)
-    except ChildFailedError as error:
-        rank, _ = error.get_first_failure()
-        raise ConfigError(
-            f"rank {rank} of {job!r} failed{_last_words(logs, rank)}; its whole output is under {logs}."
-        ) from error
+        yield received
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def follow_launcher() -> None:
+    """In a rank that `launch` started: be sent SIGTERM when the launcher dies, however it does.
+
+    Linux only; elsewhere a launcher that is killed leaves its ranks running.
+    """
+    launcher = os.environ.pop(_LAUNCHER, None)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(launcher):  # it died before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_directory(config: DictConfig) -> Path:

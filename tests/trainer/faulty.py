@@ -1,7 +1,9 @@
-"""An objective whose loss is not finite at chosen steps."""
+"""Objectives that go wrong at chosen steps, on lane 0 only: other ranks must learn of it."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,8 +13,12 @@ from trainer.objectives.base import Losses, Phase
 from trainer.objectives.diffusion import Diffusion
 
 
-class NotFiniteAt(Diffusion):
-    """Diffusion with a loss of nan at some steps, on lane 0 only: other ranks must learn of it."""
+class Faulty(Diffusion):
+    """Diffusion with a fault at some steps.
+
+    Args:
+        steps: the faulty ones.
+    """
 
     def __init__(self, steps: list[int], **diffusion: Any):
         super().__init__(**diffusion)
@@ -21,6 +27,36 @@ class NotFiniteAt(Diffusion):
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         losses = super().losses(phase, networks, batch)
         step, lane, _ = batch.draws.places[0]
-        return (
-            replace(losses, per_sample=losses.per_sample * float("nan")) if step in self.steps and lane == 0 else losses
-        )
+        return self.fault(losses) if step in self.steps and lane == 0 else losses
+
+    def fault(self, losses: Losses) -> Losses:
+        raise NotImplementedError
+
+
+class NotFiniteAt(Faulty):
+    """A loss of nan."""
+
+    def fault(self, losses: Losses) -> Losses:
+        return replace(losses, per_sample=losses.per_sample * float("nan"))
+
+
+class StuckAt(Faulty):
+    """A pass that hardly ends."""
+
+    def fault(self, losses: Losses) -> Losses:
+        time.sleep(300)
+        return losses
+
+
+class FailsOnceAt(Faulty):
+    """An error, the first time only: the file `marker` remembers."""
+
+    def __init__(self, steps: list[int], marker: str, **diffusion: Any):
+        super().__init__(steps, **diffusion)
+        self.marker = Path(marker)
+
+    def fault(self, losses: Losses) -> Losses:
+        if not self.marker.exists():
+            self.marker.touch()
+            raise RuntimeError("failed on purpose")
+        return losses
