@@ -1,6 +1,6 @@
 """What happens between steps. Each is collective: every rank calls it at the same steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +31,13 @@ class Log:
     """Writes a row of averages every so many steps; validation joins the row of its step.
 
     Args:
+        updates: optimiser updates so far, by phase. Steps beyond them are counted in `skipped_steps`.
         validate: gives the validation's numbers; called every `validate_every` steps.
     """
 
     meter: Meter
     tracker: Tracker
+    updates: Callable[[], Mapping[str, int]]
     steps: int
     every: int
     validate: Callable[[], dict[str, float]] | None = None
@@ -45,7 +47,7 @@ class Log:
         """See `Callback`."""
         validating = self.validate is not None and due(step, self.validate_every, self.steps)
         if validating or due(step, self.every, self.steps):
-            row: dict[str, Any] = dict(self.meter.row(step))
+            row: dict[str, Any] = self.meter.row(step) | {"skipped_steps": step - min(self.updates().values())}
             if validating and self.validate is not None:
                 with self.meter.pause():
                     row |= self.validate()

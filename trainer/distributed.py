@@ -180,9 +180,13 @@ def is_main() -> bool:
 
 
 def all_reduce_sum(values: Mapping[str, float], device: torch.device | str = "cpu") -> dict[str, float]:
-    """Sums over all ranks, in one float64 collective. Every rank must pass the same keys in the same order."""
-    if not values or not dist.is_initialized():
+    """Sums over all ranks, in float64, on each of them. Ranks may have different keys: a key that a rank lacks is 0
+    there."""
+    if not dist.is_initialized():
         return dict(values)
-    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    keys: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(keys, list(values))
+    union = list(dict.fromkeys(key for of_rank in keys for key in of_rank))
+    packed = torch.tensor([values.get(key, 0.0) for key in union], dtype=torch.float64, device=device)
     dist.all_reduce(packed)
-    return dict(zip(values, packed.tolist(), strict=True))
+    return dict(zip(union, packed.tolist(), strict=True))

@@ -39,7 +39,8 @@ class Run:
         roll_back: given those steps, restores the last checkpoint, notes that they are to be skipped from now on, and
             returns the step to go on from.
         stopping: whether all ranks are to stop after this step (a signal was received).
-        skipped_steps: steps to pass over.
+        skipped_steps: steps to pass over. They go by like steps whose gradient was not finite: without an update, but
+            with callbacks (averages take the unchanged weights in, checkpoints and validation that are due happen).
         bad_steps: those without a finite gradient up to now, in a row. While there are any, nothing should be saved:
             a roll-back goes to before them.
     """
@@ -63,12 +64,8 @@ class Run:
 def fit(run: Run, step: int) -> int:
     """Train from `step` to the end, or until asked to stop. Returns the number of steps taken."""
     while step < run.steps:
-        if step in run.skipped_steps:
-            step += 1
-            continue
-        passes = run.arrange(run.loader.step(step))
-        finite = [take_phase(run, phase, step, passes) for phase in run.objective.phases]
-        run.bad_steps = [] if all(finite) else [*run.bad_steps, step]
+        if step not in run.skipped_steps:
+            run.bad_steps = [] if take_step(run, step) else [*run.bad_steps, step]
         step += 1
         if len(run.bad_steps) >= run.patience:
             step, run.bad_steps = run.roll_back(run.bad_steps), []
@@ -78,6 +75,13 @@ def fit(run: Run, step: int) -> int:
         if run.stopping():
             break
     return step
+
+
+def take_step(run: Run, step: int) -> bool:
+    """All phases of one step. Returns whether every gradient was finite."""
+    passes = run.arrange(run.loader.step(step))
+    finite = [take_phase(run, phase, step, passes) for phase in run.objective.phases]
+    return all(finite)
 
 
 def take_phase(run: Run, phase: Phase, step: int, passes: Sequence[Batch]) -> bool:

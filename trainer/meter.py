@@ -33,7 +33,6 @@ class Meter:
         """Counted FLOPs of training on one sample; None where they are not known, and `mfu` is left out."""
         self.peak_flops: float | None = None
         """Of all ranks' devices together, FLOP/s; None where it is not known."""
-        self.skipped_in_all = 0
         self.restart()
 
     def add_losses(self, phase: Phase, losses: Losses) -> None:
@@ -50,7 +49,6 @@ class Meter:
         prefix = self._prefix(phase)
         self._norms[f"{prefix}grad_norm"].append(result.grad_norm)
         self._last[f"{prefix}lr"] = lr
-        self._skipped += result.skipped
         self._steps += phase is self.phases[0]
 
     def add_wait(self, seconds: float) -> None:
@@ -67,22 +65,21 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elapsed = time.perf_counter() - self._since
-        sums = {name: float(v) for name, v in self._sums.items()} | {"data_wait": self._waited, "elapsed": elapsed}
-        sums = all_reduce_sum(sums | {f"n:{k}": float(v) for k, v in self._counts.items()}, self.device)
+        sums = {f"sum:{name}": float(v) for name, v in self._sums.items()}
+        counts = {f"n:{name}": float(v) for name, v in self._counts.items()}
+        totals = all_reduce_sum({"data_wait": self._waited, "elapsed": elapsed} | sums | counts, self.device)
         samples = self._steps * self.global_batch
         rate = samples / elapsed
         row: dict[str, float | int | None] = {"step": step}
-        for name in self._counts:
-            row[name] = sums[name] / sums[f"n:{name}"] if sums[f"n:{name}"] else None
+        for name in [key.removeprefix("n:") for key in totals if key.startswith("n:")]:
+            row[name] = totals[f"sum:{name}"] / totals[f"n:{name}"] if totals[f"n:{name}"] else None
         row |= {name: sum(values) / len(values) for name, values in self._norms.items()}
         row |= self._last
-        self.skipped_in_all += self._skipped
         row |= {
             "samples": step * self.global_batch,
             "samples_per_s": rate,
-            "data_wait": sums["data_wait"] / sums["elapsed"],
+            "data_wait": totals["data_wait"] / totals["elapsed"],
             "peak_memory_bytes": peak_memory_bytes(self.device),
-            "skipped_steps": self.skipped_in_all,
         }
         if self.flops_per_sample and self.peak_flops:
             row["mfu"] = rate * self.flops_per_sample / self.peak_flops
@@ -95,7 +92,6 @@ class Meter:
         self._counts: dict[str, int | Tensor] = defaultdict(int)
         self._norms: dict[str, list[float]] = defaultdict(list)
         self._last: dict[str, float] = {}
-        self._skipped = 0
         self._steps = 0
         self._waited = 0.0
         self._since = time.perf_counter()

@@ -25,6 +25,7 @@ class RunDirectory:
         self.quarantine = self.path / "quarantine.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.wandb = self.path / "wandb.json"
         self.report = self.path / "report.html"
         self.path.mkdir(parents=True, exist_ok=True)
 

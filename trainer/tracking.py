@@ -3,17 +3,19 @@
 import json
 import logging
 import math
-import netrc
 import os
+import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from trainer.run_directory import RunDirectory
 
 
 class Tracker:
-    """Writes rows on the main rank; does nothing on the others.
+    """Writes rows on the main rank; does nothing on the others. A context manager, whose end closes everything.
 
     Args:
         directory: of the run.
@@ -23,6 +25,9 @@ class Tracker:
         wandb: project, entity, group, tags and mode for W&B; None leaves it out. The mode "auto" is online where
             this machine is logged in, else offline: nothing is ever asked for.
         is_main: whether this rank writes.
+
+    Raises:
+        ValueError: W&B is to be online, and this machine is not logged in.
     """
 
     def __init__(
@@ -35,15 +40,28 @@ class Tracker:
         is_main: bool,
     ):
         self._directory = directory
-        self._wandb: Any = None
+        self._wandb: _Wandb | None = None
         self._bar: Any = None
+        self._open = ExitStack()
         if not is_main:
             return
         from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
-        self._bar = tqdm(total=steps, initial=start, desc=directory.path.name, unit="step", dynamic_ncols=True)
         if wandb is not None:
-            self._wandb = _start_wandb(directory, config, wandb)
+            self._wandb = self._open.enter_context(_Wandb(directory, config, wandb))
+        self._bar = self._open.enter_context(
+            tqdm(total=steps, initial=start, desc=directory.path.name, unit="step", dynamic_ncols=True)
+        )
+        self._open.enter_context(logging_redirect_tqdm())  # a log's line goes above the bar, not into it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, traceback)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step` steps taken."""
@@ -60,54 +78,78 @@ class Tracker:
         shown = {k: f"{row[k]:.4g}" for k in ("loss", "val/loss", "samples_per_s") if row.get(k) is not None}
         self._bar.set_postfix(shown, refresh=False)
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+            self._wandb.log({k: v for k, v in row.items() if v is not None})
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Show a picture in W&B."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        """Flush everything."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.log({name: wandb.Image(str(path)), "step": step})
 
 
-def _start_wandb(directory: RunDirectory, config: dict[str, Any], settings: Mapping[str, Any]) -> Any:
+class _Wandb:
+    """One W&B run for the life of a run directory, however often the run is resumed.
+
+    W&B drops what is logged at an internal step that is not larger than the last one's. A run that goes back to a
+    checkpoint logs steps again, so the internal step merely counts what was logged, in `wandb.json` beside the run's
+    identity, and plots are drawn over the rows' own "step".
+    """
+
+    def __init__(self, directory: RunDirectory, config: dict[str, Any], settings: Mapping[str, Any]):
+        import wandb
+
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        self._file = directory.wandb
+        self._id, self._logged = uuid.uuid4().hex, 0
+        if self._file.exists():
+            known = json.loads(self._file.read_text())
+            self._id, self._logged = known["id"], known["logged"]
+        options = dict(settings)
+        mode = _resolved(options.pop("mode", "auto"))
+        self._run = wandb.init(
+            dir=str(directory.path),
+            name=directory.path.name,
+            id=self._id,
+            resume="allow" if mode == "online" else None,
+            config=config,
+            allow_val_change=True,
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off", x_save_requirements=False),
+            **options,
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._run.finish(exit_code=int(kind is not None))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log a row, which holds "step"."""
+        self._logged += 1
+        # Before W&B has it: a number that a crash leaves out is harmless, one given twice loses a row.
+        scratch = self._file.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"id": self._id, "logged": self._logged}))
+        scratch.replace(self._file)
+        self._run.log(dict(row), step=self._logged)
+
+
+def _resolved(mode: str) -> Any:
+    """ "auto" becomes "online" or "offline"; WANDB_MODE decides where it is set.
+
+    Raises:
+        ValueError: "online" without a login, for which W&B would ask.
+    """
     import wandb
 
-    logging.getLogger("wandb").setLevel(logging.ERROR)
-    options = dict(settings)
-    mode = options.pop("mode", "auto")
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-    return wandb.init(
-        dir=str(directory.path),
-        name=directory.path.name,
-        # The folder is the identity: a resumed run goes on in the same W&B run.
-        id=_run_id(directory.path),
-        resume="allow" if mode == "online" else None,
-        config=config,
-        mode=mode,
-        settings=wandb.Settings(silent=True, console="off", x_save_requirements=False),
-        **options,
-    )
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def _run_id(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+        mode = os.environ.get("WANDB_MODE", "auto")
+    if mode not in ("auto", "online"):
+        return mode
+    if wandb.login(prompt=False, verify=False):
+        return "online"
+    if mode == "online":
+        raise ValueError("W&B's mode is online, and this machine is not logged in: run `wandb login`, or choose auto")
+    return "offline"

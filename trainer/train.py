@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,12 +136,12 @@ def run(config: Any) -> None:
         # cuBLAS reads this at its first call; see torch's notes on reproducibility.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with joined(config.device) as world:
-        train(config, world)
+    with joined(config.device) as world, ExitStack() as resources:
+        train(config, world, resources)
 
 
-def train(config: Any, world: World) -> None:
-    """The run of this config, as one of the world's ranks."""
+def train(config: Any, world: World, resources: ExitStack) -> None:
+    """The run of this config, as one of the world's ranks. What must be closed in any case goes to `resources`."""
     directory = RunDirectory(config.runs, config.name)
     plain: dict[str, Any] = without_secrets(OmegaConf.to_container(config))
 
@@ -190,11 +191,11 @@ def train(config: Any, world: World) -> None:
 
     # What happens between steps.
     meter = Meter(objective.phases, config.batch, world.device)
-    tracker = Tracker(directory, plain, config.steps, state.step, config.log.wandb, world.is_main)
-    on_gpu = world.device.type == "cuda"
-    serving = Serving(
-        split.loader(state.segments.plan, mine, pin_memory=on_gpu), directory.path, state.step, meter, world.device
+    tracker = resources.enter_context(
+        Tracker(directory, plain, config.steps, state.step, config.log.wandb, world.is_main)
     )
+    loader = split.loader(state.segments.plan, mine, pin_memory=world.device.type == "cuda")
+    serving = resources.enter_context(closing(Serving(loader, directory.path, state.step, meter, world.device)))
     held_out = first_on_node(world, lambda: data.open(buckets, "validation")) if data.holdout else None
 
     def save(step: int) -> None:
@@ -209,7 +210,7 @@ def train(config: Any, world: World) -> None:
         meter.restart()
         return step
 
-    logging_ = Log(meter, tracker, config.steps, config.log.every)
+    logging_ = Log(meter, tracker, engine.steps_taken, config.steps, config.log.every)
     callbacks: list[Callback] = [UpdateEma(ema), logging_, Every(serving.flush, config.log.every, config.steps, meter)]
     if held_out is not None and config.validation.every is not None:
         batches = validation_batches(held_out, config.validation.samples, arrange.size, world.rank, world.size)
@@ -231,7 +232,7 @@ def train(config: Any, world: World) -> None:
     meter.flops_per_sample = sum(share * objective.flops(networks, shape) for shape, share in shares.items())
     peak = config.log.peak_flops or peak_flops(world.device)
     meter.peak_flops = peak * world.size if peak else None
-    stopping = StopSignal(world.device)
+    stopping = resources.enter_context(StopSignal(world.device))
     loop = Run(
         objective=objective,
         engine=engine,
@@ -254,8 +255,5 @@ def train(config: Any, world: World) -> None:
     if taken > state.step:
         save(taken)
     state.checkpointer.wait()
-    stopping.restore()
-    serving.close()
-    tracker.close()
     if world.is_main:
         log.info("%d of %d steps taken; report: %s", taken, config.steps, write_report(directory))

@@ -1,5 +1,6 @@
 """The `train` job on the session's gloo ranks: as a command line would compose it, without the start of processes."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -36,4 +37,5 @@ def _train(overrides: list[str]) -> None:
     config = compose("train", overrides)
     check(config, Config)
     rank = dist.get_rank()
-    train(config, World(rank, dist.get_world_size(), rank, torch.device("cpu"), launched=False))
+    with ExitStack() as resources:
+        train(config, World(rank, dist.get_world_size(), rank, torch.device("cpu"), launched=False), resources)
