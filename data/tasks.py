@@ -78,7 +78,7 @@ def run_tasks(work: Callable[[Task], R], tasks: Tasks, totals: Sequence[int], de
     """Run the tasks that belong here under one progress bar: done, samples/s, time left, errors.
 
     A single task runs in this process, several are spawned: then `work` and what it returns must be picklable, and the
-    caller's main module importable.
+    caller's main module importable. In either case with one thread per task, so that sums round alike.
 
     Args:
         work: does one task's share.
@@ -97,8 +97,17 @@ def run_tasks(work: Callable[[Task], R], tasks: Tasks, totals: Sequence[int], de
     assert len(totals) == tasks.tasks, "one total per task"
     with _Bar(sum(totals[i] for i in tasks.here), description) as bar:
         if len(tasks.here) == 1:
+            one_thread()
             return [work(Task(tasks.here[0], tasks.tasks, bar.tell))]
         return _spawn(work, tasks, bar)
+
+
+def one_thread() -> None:
+    """Keep libraries that are imported by now, and would start a thread per core, to one: tasks are what uses cores."""
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _spawn(work: Callable[[Task], R], tasks: Tasks, bar: "_Bar") -> list[R]:
@@ -157,6 +166,7 @@ class _Failure:
 def _child(work: Callable[[Task], R], index: int, count: int, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent then ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    one_thread()
     try:
         connection.send(_Result(work(Task(index, count, connection.send))))
     except Exception as error:
