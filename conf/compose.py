@@ -8,15 +8,17 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import ConfigError
 
 ROOT = Path(__file__).parent
-# Mappings whose keys are the user's own names.
-_OPEN = ("data.sources.", "data.storage_options.", "ema.lengths.", "log.wandb.", "networks.")
+# Mappings whose keys are not all in the composed config: the user's own names, and what takes the place of a null.
+_OPEN = re.compile(r"(data\.sources|data\.storage_options|ema\.lengths|log\.wandb|init_from|networks)[.=]")
+# Keys that hold a name, which is text even where it looks like a number: samples.ema=0.9999, name=7.
+_NAMES = ("name", "average", "validation.ema", "samples.ema", "init_from.ema")
 
 
 def compose(job: str, overrides: list[str]) -> DictConfig:
@@ -28,7 +30,8 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown key, group or choice, an override that does not parse, or an interpolation that fails.
     """
-    overrides = [_opened(override) for override in overrides]
+    overrides = [_parsable(override) for override in overrides]
+    _check_choices(job, overrides)
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             config = hydra_compose(job, overrides=overrides)
@@ -51,32 +54,65 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def _opened(override: str) -> str:
-    """The override as Hydra takes it: a value that does not parse is text (`where=width > 64`), and one under a mapping
-    whose names are the user's own may add (Hydra's ++)."""
+def _parsable(override: str) -> str:
+    """The override as Hydra takes it: a value that does not parse is text (`where=width > 64`), so is a name, and what
+    is under an open mapping may add (Hydra's ++)."""
+    key, equals, value = override.partition("=")
     try:
-        OverridesParser.create().parse_override(override)
+        parsed = OverridesParser.create().parse_override(override).value()
+        quote = key in _NAMES and isinstance(parsed, int | float)
     except HydraException as error:
-        key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is no override: it should look like key=value.") from error
+        quote = True
+    if quote:
         escaped = value.replace("'", "\\'")
         override = f"{key}='{escaped}'"
-    return f"++{override}" if override.startswith(_OPEN) else override
+    return f"++{override}" if _OPEN.match(override) else override
+
+
+def _check_choices(job: str, overrides: list[str]) -> None:
+    """Whether the choices of groups are among those that `describe` lists."""
+    groups = _groups(job)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        group, choice = override.key_or_group, override.value()
+        options = groups.get(group, [])
+        if options and isinstance(choice, str) and choice not in options:
+            raise ConfigError(
+                f"Group {group!r} has no choice {choice!r}{_nearest(choice, options)}; it has {', '.join(options)}."
+            )
 
 
 def describe(job: str, purpose: str) -> str:
-    """The text of `millrace <job> --help`: its groups with their choices, and the head comments of its config file."""
+    """The text of `millrace <job> --help`: its groups with their choices, and its config file without the defaults."""
     text = (ROOT / f"{job}.yaml").read_text()
-    groups = re.findall(r"^\s*- (?:override )?/?([a-z_]+): ", text, re.MULTILINE)
+    groups = _groups(job)
     lines = [f"millrace {job}: {purpose}", "", "groups (choose with group=choice):"]
-    width = max((len(g) for g in groups), default=0)
-    for group in groups:
-        choices = sorted(p.relative_to(ROOT / group).with_suffix("").as_posix() for p in (ROOT / group).rglob("*.yaml"))
-        lines.append(f"  {group:<{width}}  {', '.join(choices)}")
+    width = max(map(len, groups), default=0)
+    lines += [f"  {group:<{width}}  {', '.join(choices)}" for group, choices in groups.items()]
     lines += ["", f"keys (conf/{job}.yaml; set with key=value):", ""]
     lines += ["  " + line for line in text.splitlines() if not line.lstrip().startswith("- ") and line != "defaults:"]
     return "\n".join(lines)
+
+
+def _groups(job: str) -> dict[str, list[str]]:
+    """The groups that a job's defaults name, and below each those that its choices' own defaults name (for `process`
+    also `process/density`), with their choices."""
+    found: dict[str, list[str]] = {}
+    pending = _named_groups(ROOT / f"{job}.yaml")
+    while pending:
+        group = pending.pop(0)
+        files = sorted((ROOT / group).rglob("*.yaml"))
+        nested = sorted({name for file in files for name in _named_groups(file) if (ROOT / group / name).is_dir()})
+        own = [file for file in files if not any(ROOT / group / name in file.parents for name in nested)]
+        found[group] = [file.relative_to(ROOT / group).with_suffix("").as_posix() for file in own]
+        pending = [f"{group}/{name}" for name in nested] + pending
+    return found
+
+
+def _named_groups(file: Path) -> list[str]:
+    """Groups, relative to the file's own, that the defaults of a config choose from."""
+    return re.findall(r"^\s*- ([a-z_]+): ", file.read_text(), re.MULTILINE)
 
 
 def nodes(config: Any, path: str = "") -> list[tuple[str, DictConfig]]:
@@ -98,7 +134,7 @@ def _shrink(config: DictConfig, shrink: dict[str, dict]) -> None:
     for _, node in nodes(config):
         values = shrink.get(node.get("_target_", ""))
         for key, value in (values or {}).items():
-            OmegaConf.update(node, key, value, merge=False)
+            OmegaConf.update(node, key, value, merge=False, force_add=True)
 
 
 def _reapply(config: DictConfig, overrides: list[str]) -> None:
@@ -111,14 +147,6 @@ def _reapply(config: DictConfig, overrides: list[str]) -> None:
 def _sentence(job: str, error: Exception) -> str:
     """Hydra's error as one sentence that names the key, group or choice at fault."""
     text = str(error)
-    if isinstance(error, MissingConfigException):
-        found = re.search(r"Could not find '([^']+)'", text)
-        wanted = found.group(1) if found else (error.missing_cfg_file or "?")
-        group, _, choice = str(wanted).rpartition("/")
-        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        if group:
-            return f"Group {group!r} has no choice {choice!r}{_nearest(choice, options)}; it has {', '.join(options)}."
-        return f"There is no config {wanted!r}."
     key = re.search(r"Could not override '([^']+)'", text)
     if key and "in the defaults list" in text:
         return f"{job!r} has no group {key.group(1)!r} to choose (millrace {job} --help lists them)."

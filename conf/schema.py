@@ -1,14 +1,16 @@
 """Types of a composed config, checked before anything starts: constructors' annotations are the schema."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from conf.errors import ConfigError
 
@@ -34,9 +36,11 @@ def build(config: Any, **extra: Any) -> Any:
     try:
         return instantiate(config, _convert_="all", **extra)
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
-            raise ConfigError(str(error.__cause__)) from error
-        raise
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        text, at = str(error.__cause__), re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
+        path = at.group(1) if at else ""
+        raise ConfigError(text if text.startswith(path) else f"{path}: {text}") from error
 
 
 def target(name: str, path: str) -> Callable[..., Any]:
@@ -60,31 +64,49 @@ def _check(value: dict, schema: Callable[..., Any], path: str) -> None:
         if str(key).startswith("_") or (not path and key in ("shrink", "replace", "scale", "experiment")):
             continue
         where = f"{path}.{key}" if path else str(key)
-        if key not in kinds:
-            if open_ended:
-                continue
+        if key in kinds:
+            _check_value(item, kinds[key], where)
+        elif not open_ended:
             raise ConfigError(f"{where!r} is no key of {_name(schema)}; it takes {', '.join(kinds)}.")
-        if not _descend(item, where):
-            _check_type(item, kinds[key], where)
     for key in required:
         if key not in value:
             raise ConfigError(f"{path + '.' + key if path else key!r} is missing: {_name(schema)} needs it.")
 
 
-def _descend(item: Any, path: str) -> bool:
-    """Check the targets inside a value; True if the value holds any, so that its own type is theirs to check."""
-    if isinstance(item, dict):
-        if "_target_" in item:
-            if not item.get("_partial_", False):
-                _check(item, target(item["_target_"], path), path)
-            return True
-        inside = [(v, f"{path}.{k}") for k, v in item.items()]
-    elif isinstance(item, list):
-        inside = [(v, f"{path}[{i}]") for i, v in enumerate(item)]
+def _check_value(value: Any, kind: Any, path: str) -> None:
+    """A value against an annotation: targets against their constructors, dataclasses by field, containers by item."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if isinstance(value, dict) and "_target_" in value:
+        made = target(value["_target_"], path)
+        _check_class(made, kinds, path)
+        if not value.get("_partial_", False):
+            _check(value, made, path)
+        return
+    record = next((k for k in kinds if isinstance(k, type) and is_dataclass(k)), None)
+    of_items = [Any if k is Any else get_args(k)[-1] for k in kinds if k is Any or get_origin(k) is type(value)]
+    if isinstance(value, dict) and of_items:
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{path} has the key {key}, which must be text: put it in quotes.")
+            _check_value(item, of_items[0], f"{path}.{key}")
+    elif isinstance(value, list) and of_items:
+        for i, item in enumerate(value):
+            _check_value(item, of_items[0], f"{path}[{i}]")
+    elif isinstance(value, dict) and record is not None:
+        _check(value, record, path)
+    elif isinstance(value, dict) and any(_is_described(k) for k in kinds):
+        raise ConfigError(f"{path!r} is no {_names(kinds)}: it has no _target_ that names the class to build.")
     else:
-        return False
-    found = [_descend(value, where) for value, where in inside]  # all of them, not up to the first
-    return any(found)
+        _check_leaf(value, kind, path)
+
+
+def _check_class(made: Callable[..., Any], kinds: tuple[Any, ...], path: str) -> None:
+    """Whether a target makes an object of one of the kinds."""
+    built = made if isinstance(made, type) else get_type_hints(made).get("return", Any)
+    if Any in kinds or not isinstance(built, type):
+        return
+    if not any(issubclass(built, kind) for kind in kinds if isinstance(kind, type)):
+        raise ConfigError(f"{path}._target_ names {_name(made)}, which is no {_names(kinds)}.")
 
 
 @cache
@@ -103,28 +125,24 @@ def _signature(schema: Callable[..., Any]) -> tuple[dict[str, Any], list[str], b
     return {p.name: names[p.name] for p in closed}, required, len(closed) < len(list(parameters))
 
 
-def _check_type(value: Any, kind: Any, path: str) -> None:
-    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        _check(value, kind, path)
-        return
-    inner_kind = get_args(kind)[-1] if get_origin(kind) is dict else None
-    if is_dataclass(inner_kind) and isinstance(value, dict):
-        for name, item in value.items():
-            _check_type(item, inner_kind, f"{path}.{name}")
-        return
-    try:
-        adapter = TypeAdapter(kind, config=None if is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:
-        adapter = TypeAdapter(kind)
+def _check_leaf(value: Any, kind: Any, path: str) -> None:
+    # pydantic takes no configuration beside a dataclass's own.
+    adapter = TypeAdapter(kind, config=None if is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True))
     try:
         adapter.validate_python(value, strict=True)  # "no" is no False, 2.0 no int
     except ValidationError as error:
         first = error.errors()[0]
-        inner = "".join(f".{part}" for part in first["loc"] if isinstance(part, str) and part.isidentifier())
-        raise ConfigError(
-            f"{path}={value!r} is of the wrong type{f' at {inner}' if inner else ''}: "
-            f"{first['msg'][0].lower()}{first['msg'][1:]}."
-        ) from error
+        fault = "is out of range" if first["type"].startswith(("greater", "less")) else "is of the wrong type"
+        raise ConfigError(f"{path}={value!r} {fault}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
+
+
+def _is_described(kind: Any) -> bool:
+    """Whether configs describe such objects by a `_target_`."""
+    return isinstance(kind, type) and kind.__module__ != "builtins" and not is_dataclass(kind)
+
+
+def _names(kinds: tuple[Any, ...]) -> str:
+    return " or ".join(_name(kind) for kind in kinds if kind is not type(None))
 
 
 def _name(schema: Callable[..., Any]) -> str:

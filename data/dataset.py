@@ -47,10 +47,6 @@ class Loader:
         log_keys: bool = False,
         max_bad_in_a_row: int = 16,
     ) -> None:
-        at_least = {"workers": (workers, 0), "prefetch": (prefetch, 1), "max_bad_in_a_row": (max_bad_in_a_row, 1)}
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise ValueError(f"data.{name}={value}: it must be at least {least}")
         self.plan, self.lanes, self.log_keys, self.max_bad_in_a_row = plan, lanes, log_keys, max_bad_in_a_row
         self.waited = 0.0
         """Seconds spent waiting for data since the loader was made."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
+from pydantic import PositiveInt
 from tqdm import tqdm
 
 from conf.errors import ConfigError
@@ -45,7 +46,7 @@ class Config:
     manifest_folder: str | None = None
     checksum: Checksum | None = None
     verify: bool = False
-    processes: int | None = None
+    processes: PositiveInt | None = None
     strict: bool = False
     store: Store = field(default_factory=Store)
 

@@ -12,6 +12,7 @@ from data.dataset import Loader
 from data.decode import MAX_PIXELS
 from data.index import ensure_indexed
 from data.manifest import STRUCTURE, Checksum, Manifest, ManifestReader, open_parquet, open_scores, score_names
+from data.mixing import Mixture
 from data.plan import Plan, PlanSource
 from data.reader import ReaderSource, SliceReader
 from data.selection import Selection, Split, select
@@ -97,8 +98,25 @@ class TarData:
         concurrency: int = 16,
     ) -> None:
         if not sources:
-            raise ValueError("no data: name a source and its tars, e.g. data.sources.photos.shards=/data/photos")
+            raise ValueError(
+                "data.sources is empty: name a source and its tars, e.g. data.sources.photos.shards=/data/photos"
+            )
+        if not 0 <= holdout < 1:
+            raise ValueError(f"data.holdout={holdout}: a share of the samples, at least 0 and below 1")
+        at_least = {
+            "workers": (workers, 0),
+            "prefetch": (prefetch, 1),
+            "max_pixels": (max_pixels, 1),
+            "max_bad_in_a_row": (max_bad_in_a_row, 1),
+            "block": (block, 1),
+            "window": (window, 1),
+            "concurrency": (concurrency, 1),
+        }
+        for key, (value, least) in at_least.items():
+            if value < least:
+                raise ValueError(f"data.{key}={value}: it must be at least {least}")
         self.sources = {name: _source(name, given) for name, given in sources.items()}
+        Mixture([source.weight for source in self.sources.values()], seed=0)  # refuses weights that are no shares
         self.holdout, self.workers, self.prefetch = holdout, workers, prefetch
         self.crop, self.flip, self.max_pixels = crop, flip, max_pixels
         self.max_bad_in_a_row, self.log_keys = max_bad_in_a_row, log_keys

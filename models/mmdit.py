@@ -132,7 +132,7 @@ class MMDiT(nn.Module):
         if timestep.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"timesteps came as {timestep.dtype}, too coarse for 1000 levels: keep them in float32")
         dtype = self.text_embedding.weight.dtype
-        rows, columns = self._grid(*x.shape[-2:])
+        rows, columns = self.grid(*x.shape[-2:])
 
         image = self.patch_embedding(x.to(dtype)) + self.positions(rows, columns).to(dtype)
         text = self.text_embedding(context.to(dtype))
@@ -153,7 +153,7 @@ class MMDiT(nn.Module):
             height, width: of the latents.
             context_length: L, text tokens.
         """
-        rows, columns = self._grid(height, width)
+        rows, columns = self.grid(height, width)
         t, length, d = rows * columns, context_length, self.final.in_features
         patch = self.patch_size**2
         products = t * patch * self.in_channels * d + length * self.text_embedding.in_features * d
@@ -206,7 +206,12 @@ class MMDiT(nn.Module):
         parts = [read(part) for part in _diffusers_names(name)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of latents of H x W.
+
+        Raises:
+            ValueError: sides that are no whole number of patches, or more than there are positions for.
+        """
         p, most = self.patch_size, self.config["pos_embed_max_size"]
         if height % p or width % p or max(height, width) > p * most:
             raise ValueError(f"latents of {height} x {width} must be multiples of {p} and at most {p * most} a side")

@@ -31,7 +31,7 @@ class CaptionConditioner(TextConditioner):
         folder: of the encoder.
         length: tokens of a caption; longer captions are cut.
         vocab_size: pieces of the tokenizer at most; few captions have fewer.
-        width: features of a token.
+        width: features of a token and of the pooled vector.
         layers: of encoder and decoder each.
         heads: of attention.
         steps: of training, with 32 captions each.
@@ -39,7 +39,7 @@ class CaptionConditioner(TextConditioner):
         captions: gives the captions to train from; called only where there is something to train.
 
     Raises:
-        ValueError: `folder` holds no encoder, and there are no captions to train it from.
+        ValueError: `folder` holds no encoder, and there are no captions to train it from; or one of another width.
     """
 
     def __init__(
@@ -59,6 +59,11 @@ class CaptionConditioner(TextConditioner):
                 raise ValueError(f"{folder!r} holds no text encoder, and there are no captions to train one from")
             train_text_encoder(captions(), Path(folder), vocab_size, width, layers, heads, steps, seed)
         super().__init__([T5Encoder(folder, length=length, masked=True, pooled=True)])
+        if self.context_dim != width:
+            raise ValueError(
+                f"{folder!r} holds a text encoder of width {self.context_dim}, not {width}: take that width, or another"
+                " folder to train one in"
+            )
 
 
 def train_text_encoder(

@@ -93,11 +93,13 @@ def _run(job: str, overrides: list[str]) -> None:
         return
 
     from conf.schema import check
-    from tools.launch import follow_launcher, launch, wants_ranks
+    from tools.launch import follow_launcher, launch, ranks_of, wants_ranks
 
     follow_launcher()
     module = import_module(JOBS[job][0])
     check(config, module.Config)
+    if hasattr(module, "preflight"):
+        module.preflight(config, ranks_of(config))
     if wants_ranks(config):
         launch(job, overrides, config)
     else:

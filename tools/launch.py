@@ -35,6 +35,14 @@ def wants_ranks(config: DictConfig) -> bool:
     return read_environment(os.environ) is None
 
 
+def ranks_of(config: DictConfig) -> int:
+    """How many ranks the job has: those of the launcher it runs under, or else those it asks for."""
+    from trainer.distributed import read_environment
+
+    place = read_environment(os.environ)
+    return place[1] if place else config.get("cluster", {}).get("processes", 1)
+
+
 def launch(job: str, overrides: list[str], config: DictConfig) -> None:
     """Run the same command as `cluster.processes` ranks; their output also lands in the run directory's `logs/`.
 

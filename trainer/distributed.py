@@ -14,12 +14,28 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import NonNegativeInt, PositiveInt
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`cluster` of a job's config.
+
+    Args:
+        kind: where the ranks run; "local" is this machine.
+        processes: ranks that the command starts, unless it was itself started as one of several.
+        restarts: how often all ranks are started anew after a failure.
+    """
+
+    kind: Literal["local"]
+    processes: PositiveInt
+    restarts: NonNegativeInt
 
 
 @dataclass(frozen=True)

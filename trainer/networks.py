@@ -1,7 +1,6 @@
 """The networks of a run, from its config: those that the objective trains, and the frozen ones around them."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 
 from conf.errors import ConfigError
 from conf.schema import build, target
+from data.buckets import Buckets
 from data.tars import TarSplit
 from trainer.distributed import World, barrier
 from trainer.objectives.base import Objective
@@ -24,50 +24,84 @@ def build_networks(config: Any, objective: Objective, split: TarSplit, world: Wo
     fill.
 
     Raises:
-        ConfigError: a network is not described, or described but not used; the denoiser's sizes do not fit the first
-            stage's or the text encoders'.
+        ConfigError: the denoiser's sizes do not fit the text encoders'.
     """
-    nodes = {name: config[key] for name, key in _KEYS.items()} | dict(config.networks)
-    kind = type(objective).__name__
+    networks = _on_meta(config, objective)
+    if "conditioner" in objective.networks:
+        conditioner = _build_conditioner(config.conditioner, split, world)
+        networks["conditioner"] = conditioner
+        if "denoiser" in networks:
+            _check_conditions(networks["denoiser"], conditioner.context_dim, conditioner.pooled_dim)
+    return {name: networks[name] for name in objective.networks}
+
+
+def check_networks(config: Any, objective: Objective) -> None:
+    """Whether the objective's networks are described, and fit each other and the buckets; the text encoders as far as
+    can be told before they are loaded.
+
+    Raises:
+        ConfigError: a network is not described, or described but not used; sizes do not fit. Names the key at fault.
+    """
+    kind, names = type(objective).__name__, ", ".join(objective.networks)
     for name in config.networks:
         if name in _KEYS:
             raise ConfigError(f"networks.{name} is described twice: {_KEYS[name]!r} is the key of the {name}.")
         if name not in objective.networks:
-            raise ConfigError(f"networks.{name} is not used: {kind} has {', '.join(objective.networks)}.")
+            raise ConfigError(f"networks.{name} is not used: {kind} has {names}.")
     for name in objective.networks:
-        if name not in nodes:
-            raise ConfigError(f"networks.{name} is missing: {kind} has {', '.join(objective.networks)}.")
-    networks: dict[str, nn.Module] = {}
-    for name in objective.networks:
-        if name == "conditioner":
-            networks[name] = _build_conditioner(nodes[name], split, world)
-        else:
-            with torch.device("meta"):
-                networks[name] = build(nodes[name])
-    _check(networks)
-    return networks
+        if name not in _KEYS and name not in config.networks:
+            raise ConfigError(f"networks.{name} is missing: {kind} has {names}.")
+    networks = _on_meta(config, objective)
+    if "denoiser" not in networks:
+        return
+    denoiser = networks["denoiser"]
+    if "first_stage" in networks:
+        _check_latents(denoiser, networks["first_stage"], build(config.buckets))
+    if "conditioner" in objective.networks and _learns(config.conditioner):
+        _check_conditions(denoiser, config.conditioner.width, config.conditioner.width)
 
 
-def _build_conditioner(config: Any, split: TarSplit, world: World) -> nn.Module:
-    """The conditioner; one that is trained from the captions themselves (a stand-in where no pretrained encoder is at
-    hand) is trained by the main rank, and loaded by the others afterwards."""
-    learns = "captions" in inspect.signature(target(config["_target_"], "conditioner")).parameters
-    extra = {"captions": lambda: split.captions(_CAPTIONS)} if learns else {}
+def _on_meta(config: Any, objective: Objective) -> dict[str, Any]:
+    """All networks but the conditioner, on the meta device."""
+    nodes = {name: config[key] for name, key in _KEYS.items()} | dict(config.networks)
+    with torch.device("meta"):
+        return {name: build(nodes[name]) for name in objective.networks if name != "conditioner"}
+
+
+def _learns(config: Any) -> bool:
+    """Whether the conditioner is trained from the captions themselves (a stand-in where no pretrained encoder is at
+    hand); its context and pooled vectors then have `width` features."""
+    return "captions" in inspect.signature(target(config["_target_"], "conditioner")).parameters
+
+
+def _build_conditioner(config: Any, split: TarSplit, world: World) -> Any:
+    """The conditioner; one that learns does so on the main rank, and is loaded by the others afterwards."""
+    extra = {"captions": lambda: split.captions(_CAPTIONS)} if _learns(config) else {}
     if world.is_main:
         conditioner = build(config, **extra)
     barrier()
     return conditioner if world.is_main else build(config)
 
 
-def _check(networks: Mapping[str, nn.Module]) -> None:
-    if "denoiser" not in networks:
-        return
-    takes: dict[str, int] = networks["denoiser"].config  # type: ignore[assignment]
-    for key, source, what in (
-        ("in_channels", "first_stage", "channels"),
-        ("joint_attention_dim", "conditioner", "context_dim"),
-        ("pooled_projection_dim", "conditioner", "pooled_dim"),
-    ):
-        if source in networks and takes[key] != (gives := getattr(networks[source], what)):
-            name = source.replace("_", " ")
-            raise ConfigError(f"model.{key} is {takes[key]}, but the {name} gives {gives}: set model.{key}={gives}.")
+def _check_latents(denoiser: Any, first_stage: Any, buckets: Buckets) -> None:
+    for key in ("in_channels", "out_channels"):
+        _check(denoiser, key, "first stage", first_stage.channels)
+    f = first_stage.downsampling
+    for bucket in buckets.shapes:
+        if bucket.height % f or bucket.width % f:
+            raise ConfigError(f"buckets: {bucket} is no multiple of {f}, by which the first stage divides sides.")
+        try:
+            denoiser.grid(*first_stage.latent_shape(bucket.height, bucket.width)[1:])
+        except ValueError as error:
+            raise ConfigError(f"buckets: {bucket} does not fit the model: {error}.") from error
+
+
+def _check_conditions(denoiser: Any, context_dim: int, pooled_dim: int) -> None:
+    _check(denoiser, "joint_attention_dim", "conditioner", context_dim)
+    _check(denoiser, "pooled_projection_dim", "conditioner", pooled_dim)
+
+
+def _check(denoiser: Any, key: str, giver: str, gives: int) -> None:
+    takes = denoiser.config[key]
+    if takes != gives:
+        raise ConfigError(f"model.{key} is {takes}, but the {giver} gives {gives}: set model.{key}={gives}.")

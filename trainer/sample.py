@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import PositiveInt
+
 from conf.errors import ConfigError
 from conf.schema import build
-from trainer.distributed import joined
+from models.guidance import Guidance
+from models.samplers import Sampler
+from trainer.distributed import Cluster, joined
 from trainer.engines.networks import prepare_frozen
 from trainer.loading import load_model
 from trainer.sampling import Picture, draw, grid, save_png
@@ -14,21 +18,21 @@ from trainer.sampling import Picture, draw, grid, save_png
 
 @dataclass
 class Config:
-    """conf/sample.yaml, whose comments explain the keys."""
+    """conf/sample.yaml, whose comments explain the keys. A class stands for a `_target_` that builds such an object."""
 
-    sampler: Any
-    guidance: Any
-    cluster: dict[str, Any]
+    sampler: Sampler
+    guidance: Guidance
+    cluster: Cluster
     source: str
     prompts: list[str]
     prompts_file: str | None
-    each: int
+    each: PositiveInt
     seed: int
-    height: int | None
-    width: int | None
+    height: PositiveInt | None
+    width: PositiveInt | None
     average: str
-    batch: int
-    device: str
+    batch: PositiveInt
+    device: Literal["auto", "cpu", "cuda"]
     precision: Literal["fp32", "bf16"]
     out: str
     name: str

@@ -23,6 +23,15 @@ class Schedule:
     final: float = 0.0
     decay_from: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"schedule.lr={self.lr}: it must be positive")
+        if self.warmup < 0:
+            raise ValueError(f"schedule.warmup={self.warmup}: it must not be negative")
+        for name in ("final", "decay_from"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"schedule.{name}={getattr(self, name)}: a share, from 0 to 1")
+
     def at(self, step: int, steps: int) -> float:
         """Learning rate of step `step` (from 0) in a run of `steps`."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0

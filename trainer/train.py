@@ -3,26 +3,24 @@
 import logging
 import os
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from pydantic import PositiveInt
 
-from conf.errors import ConfigError
 from conf.schema import build
 from data.inspect import bucket_table, contact_sheet
 from data.plan import Plan, lanes_of, split_batch
 from data.tars import TarSplit
 from trainer.callbacks import Every, Log, UpdateEma
+from trainer.config import Config as Config
+from trainer.config import preflight as preflight
 from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.hardware import peak_flops
 from trainer.init_from import InitFrom
 from trainer.loop import Callback, Run, fit
 from trainer.meter import Meter
 from trainer.networks import build_networks
-from trainer.objectives.base import DrawsPictures, Objective, Validates
 from trainer.passes import Passes
 from trainer.phases import build_by_phase
 from trainer.rehearsal import rehearse
@@ -41,73 +39,6 @@ log = logging.getLogger(__name__)
 _SHEET_ROWS = 12
 
 
-@dataclass
-class LogConfig:
-    """`log` of conf/train.yaml."""
-
-    every: PositiveInt
-    wandb: dict[str, Any] | None
-    peak_flops: float | None
-
-
-@dataclass
-class ValidationConfig:
-    """`validation` of conf/train.yaml."""
-
-    every: PositiveInt | None
-    samples: PositiveInt
-    ema: str | None
-
-
-@dataclass
-class SamplesConfig:
-    """`samples` of conf/train.yaml."""
-
-    every: PositiveInt | None
-    prompts: list[str]
-    count: PositiveInt
-    ema: str | None
-
-
-@dataclass
-class Config:
-    """conf/train.yaml, whose comments explain the keys. `Any` stands for an object that a `_target_` describes."""
-
-    model: Any
-    first_stage: Any
-    conditioner: Any
-    networks: dict[str, Any]
-    process: Any
-    objective: Any
-    data: Any
-    buckets: Any
-    optimizer: Any
-    schedule: Any
-    engine: Any
-    ema: Any
-    checkpoint: Any
-    sampler: Any
-    guidance: Any
-    cluster: dict[str, Any]
-    name: str
-    runs: str
-    seed: int
-    steps: PositiveInt
-    batch: PositiveInt
-    lanes: PositiveInt | None
-    pass_size: PositiveInt | None
-    device: str
-    deterministic: bool
-    threads: int | None
-    init_from: str | dict[str, Any] | None
-    dry_run: bool
-    rehearse: bool
-    patience: PositiveInt
-    log: LogConfig
-    validation: ValidationConfig
-    samples: SamplesConfig
-
-
 def dry_run(split: TarSplit, plan: Plan, directory: RunDirectory) -> None:
     """Write a contact sheet of real batches, one lane after another of the first steps, and print the buckets' fill."""
     loader = split.loader(plan, range(plan.lanes), workers=0)
@@ -116,15 +47,6 @@ def dry_run(split: TarSplit, plan: Plan, directory: RunDirectory) -> None:
     table = bucket_table(plan)
     contact_sheet(batches, path, table)
     print(f"{table}\n{path}")
-
-
-def check_callbacks(config: Any, objective: Objective) -> None:
-    """Raises ConfigError for validation or sample grids that the objective cannot give."""
-    kind = type(objective).__name__
-    if config.validation.every is not None and config.data.holdout and not isinstance(objective, Validates):
-        raise ConfigError(f"{kind} has no validation loss: set validation.every=null.")
-    if config.samples.every is not None and not isinstance(objective, DrawsPictures):
-        raise ConfigError(f"{kind} draws no pictures of prompts: set samples.every=null.")
 
 
 def run(config: Any) -> None:
@@ -148,6 +70,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     # Data: what each slice holds, and which of them this rank serves.
     data, buckets = build(config.data), build(config.buckets)
     split = first_on_node(world, lambda: data.open(buckets))
+    held_out = first_on_node(world, lambda: data.open(buckets, "validation")) if data.holdout else None
     lanes, slice_size = split_batch(config.batch, config.lanes)
     mine = lanes_of(world.rank, world.size, lanes)
 
@@ -156,18 +79,19 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
             dry_run(split, split.plan(lanes, slice_size, config.seed), directory)
         return
 
-    # Networks, on an engine, and the passes they take.
+    # How its slices are passed through networks.
     objective = build(config.objective)
-    check_callbacks(config, objective)
+    shares = split.shares()
+    shapes = list(shares)
+    arrange = Passes(config.pass_size, slice_size, len(mine), len(shapes), objective.scope)
+
+    # Networks, on an engine.
     networks = build_networks(config, objective, split, world)
     optimizers = build_by_phase(config.optimizer, objective.phases, "optimizer")
     schedules = build_by_phase(config.schedule, objective.phases, "schedule")
     engine = build(config.engine).build(networks, objective.phases, optimizers, config.seed, world.device)
     ema = build(config.ema)
     ema.attach(engine)
-    shares = split.shares()
-    shapes = list(shares)
-    arrange = Passes(config.pass_size, slice_size, len(mine), len(shapes), objective.scope)
 
     # Where to go on from.
     policy = build(config.checkpoint)
@@ -196,7 +120,6 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     )
     loader = split.loader(state.segments.plan, mine, pin_memory=world.device.type == "cuda")
     serving = resources.enter_context(closing(Serving(loader, directory.path, state.step, meter, world.device)))
-    held_out = first_on_node(world, lambda: data.open(buckets, "validation")) if data.holdout else None
 
     def save(step: int) -> None:
         serving.flush(step)

@@ -240,8 +240,19 @@ def _alive(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("name", "value"), [("workers", -1), ("prefetch", 0), ("max_bad_in_a_row", 0)])
-def test_senseless_numbers_are_refused_by_name(shards, name, value):
-    split = open_split(shards, **{name: value})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("workers", -1), ("prefetch", 0), ("max_bad_in_a_row", 0), ("block", 0), ("window", 0), ("concurrency", 0)),
+        *(("max_pixels", 0), ("holdout", 1.0), ("holdout", -0.1)),
+    ],
+)
+def test_senseless_numbers_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"data\.{name}={value}"):
-        split.loader(split.plan(LANES, SLICE, seed=1), range(LANES))
+        TarData({"a": {"shards": "anywhere"}}, **{name: value})
+
+
+def test_a_weight_that_is_no_share_is_refused():
+    for weight in (0.0, -1.0, 1e-9):
+        with pytest.raises(ValueError, match=rf"weight {weight} of source 1"):
+            TarData({"a": {"shards": "x"}, "b": {"shards": "y", "weight": weight}})

@@ -288,5 +288,5 @@ def test_what_a_source_does_not_take_is_named(tmp_path):
         TarData({"a": {}})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"data\.sources\.a: background"):
         TarData({"a": {"shards": "x", "background": [1]}})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="no data: name a source"):
+    with pytest.raises(ValueError, match=r"data\.sources is empty: name a source"):
         TarData({})

@@ -102,6 +102,8 @@ def test_a_conditioner_trains_its_encoder_once_and_then_loads_it(tmp_path: Path)
     assert torch.equal(a["context"], b["context"]) and torch.equal(a["pooled"], b["pooled"])
     assert a["context"].shape == (4, 32, 32) and a["pooled"].shape == (4, 32)
     assert len({tuple(row.tolist()) for row in a["pooled"]}) == 4
+    with pytest.raises(ValueError, match="of width 32, not 64"):
+        CaptionConditioner(config.conditioner.folder, width=64)
 
 
 def test_captions_without_text_are_refused(tmp_path: Path):

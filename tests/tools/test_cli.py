@@ -39,6 +39,9 @@ def test_help_of_train_names_groups_and_choices(capsys):
     cli.execute(["train", "--help"])
     printed = capsys.readouterr().out
     assert "engine" in printed and "deepspeed, fsdp, hsdp" in printed and "global" not in printed.split("groups")[0]
+    rows = dict(line.split(maxsplit=1) for line in printed.splitlines() if line.startswith("  process"))
+    assert rows["process/density"] == "cosmap, logit_normal, mode, uniform"
+    assert "v_cosine" in rows["process"] and "density" not in rows["process"]
 
 
 @pytest.mark.parametrize(
@@ -57,12 +60,91 @@ def test_help_of_train_names_groups_and_choices(capsys):
         (["train", "log.every=often"], ["log", "every"]),
         (["train", "steps=[1"], ["steps='[1'", "integer"]),
         (["train", "steps"], ["'steps'", "key=value"]),
+        (["train", "process=density/uniform"], ["'process'", "'density/uniform'", "rectified_flow"]),
+        (["train", "process/density=unifrom"], ["'process/density'", "did you mean 'uniform'"]),
+        (["train", "sampler._target_=models.guidance.Guidance"], ["sampler._target_", "Guidance", "no Sampler"]),
+        (["train", "process.density._target_=models.weighting.Unweighted"], ["process.density._target_", "no Density"]),
+        (["train", "~process", "+process.density=3"], ["process", "no Process", "no _target_"]),
+        (["train", "ema.lengths={0.9: {_target_: trainer.ema.ConstantDecay, decay: 0.9}}"], ["0.9", "quotes"]),
+        (["train", "cluster.processes=0"], ["cluster.processes=0", "out of range"]),
+        (["train", "cluster.restarts=-1"], ["cluster.restarts=-1", "out of range"]),
+        (["train", "cluster.proceses=2"], ["cluster.proceses"]),
+        (["train", "threads=0"], ["threads=0", "out of range"]),
+        (["train", "device=gpu"], ["device='gpu'", "'cuda'"]),
+        (["train", "init_from={pth: x}"], ["init_from.pth", "path, ema, networks"]),
+        (["train", "init_from={ema: x}"], ["init_from.path", "missing"]),
+        (["train", "init_from=3"], ["init_from=3"]),
+        (["sample", "source=x", "each=0"], ["each=0", "out of range"]),
+        (["index", "shards=x", "processes=0"], ["processes=0", "out of range"]),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_it(arguments, named, capsys):
     sentence = one_sentence(capsys, *arguments)
     for part in named:
         assert part in sentence
+
+
+EXPERIMENTS = sorted(
+    path.relative_to(ROOT / "experiment").with_suffix("").as_posix() for path in (ROOT / "experiment").rglob("*.yaml")
+)
+SOURCE = "data.sources.photos.shards=/nowhere"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], ["data.sources.photos.shards="]),
+        ([SOURCE, "data.holdout=1.0"], ["data.holdout=1.0", "below 1"]),
+        ([SOURCE, "data.workers=-1"], ["data.workers=-1"]),
+        ([SOURCE, "data.sources.photos.weight=0.0"], ["weight 0.0"]),
+        ([SOURCE, "schedule.lr=0.0"], ["schedule.lr=0.0"]),
+        ([SOURCE, "schedule.decay_from=1.5"], ["schedule.decay_from=1.5"]),
+        ([SOURCE, "optimizer.betas=[0.9, 1.0]"], ["optimizer.betas"]),
+        ([SOURCE, "optimizer.weight_decay=-0.1"], ["optimizer.weight_decay=-0.1"]),
+        ([SOURCE, "sampler.steps=0"], ["sampler: ", "got 0"]),
+        ([SOURCE, "process.density.std=-1.0"], ["process.density: ", "-1.0"]),
+        ([SOURCE, "batch=12", "lanes=5"], ["5 lanes", "[1, 2, 3, 4, 6, 12]"]),
+        ([SOURCE, "batch=8", "lanes=4", "cluster.processes=3"], ["3 data-parallel ranks", "[1, 2, 4]"]),
+        ([SOURCE, "batch=8", "lanes=2", "pass_size=3"], ["pass_size=3", "slice of 4"]),
+        ([SOURCE, "engine=hsdp"], ["engine.replicas=2", "1 ranks"]),
+        ([SOURCE, "validation.ema=0.5"], ["validation.ema='0.5'", "0.9999"]),
+        ([SOURCE, "samples.ema=0.9999", "ema=none"], ["samples.ema='0.9999'", "none"]),
+        ([SOURCE, "model.in_channels=16"], ["model.in_channels is 16", "first stage gives 3"]),
+        ([SOURCE, "conditioner.width=64"], ["model.joint_attention_dim is 128", "conditioner gives 64"]),
+        ([SOURCE, "buckets.size=250"], ["250x250", "multiples of 8"]),
+        ([SOURCE, "buckets.size=1024"], ["1024x1024", "at most 512"]),
+        (
+            [SOURCE, "scale=tiny", "first_stage=kl_tiny", "buckets=square", "buckets.size=33"],
+            ["33x33", "multiple of 2"],
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_anything_is_read_or_written(arguments, named, capsys, tmp_path):
+    sentence = one_sentence(capsys, "train", f"runs={tmp_path}/runs", *arguments)
+    for part in named:
+        assert part in sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_defaults_fit_each_other():
+    from trainer.config import preflight
+
+    preflight(compose("train", [SOURCE]), ranks=1)
+
+
+@pytest.mark.parametrize("first_stage", ["identity", "kl_tiny", "kl_sd3", "kl_sdxl"])
+def test_tiny_fits_any_first_stage(first_stage):
+    from trainer.config import preflight
+
+    for experiment in EXPERIMENTS:
+        preflight(compose("train", ["scale=tiny", f"first_stage={first_stage}", f"experiment={experiment}", SOURCE]), 1)
+
+
+def test_a_name_may_look_like_a_number():
+    config = compose("train", ["samples.ema=0.9999", "validation.ema=0.10", "name=7"])
+    assert (config.samples.ema, config.validation.ema, config.name) == ("0.9999", "0.10", "7")
+    assert compose("train", ["samples.ema=null"]).samples.ema is None
+    assert compose("train", ["init_from.path=x", "init_from.ema=0.50"]).init_from == {"path": "x", "ema": "0.50"}
 
 
 def test_a_clause_needs_no_quotes_of_hydras():
@@ -76,11 +158,6 @@ def test_tiny_shrinks_by_class_below_the_command_line():
     own = compose("train", ["model=sd35_medium", "scale=tiny", "model.num_layers=7", "model.dual_attention_layers=[6]"])
     assert own.model.num_layers == 7
     assert own.model.attention_head_dim == tiny.model.attention_head_dim
-
-
-EXPERIMENTS = sorted(
-    path.relative_to(ROOT / "experiment").with_suffix("").as_posix() for path in (ROOT / "experiment").rglob("*.yaml")
-)
 
 
 @pytest.mark.parametrize("scale", ["full", "tiny"])

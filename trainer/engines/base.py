@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,16 @@ class StepResult:
     skipped: bool
 
 
+@runtime_checkable
 class EngineConfig(Protocol):
     """What `conf/engine/*.yaml` describe."""
+
+    def check(self, ranks: int) -> None:
+        """Whether the engine can run on so many ranks.
+
+        Raises:
+            ValueError: it cannot; names the key at fault.
+        """
 
     def build(
         self,

@@ -61,6 +61,9 @@ class DeepSpeed:
                 "engine.compile=true does not go with ZeRO-3, whose hooks run within blocks: use engine=fsdp"
             )
 
+    def check(self, ranks: int) -> None:
+        """Any number of ranks will do."""
+
     def build(
         self,
         networks: Mapping[str, nn.Module],

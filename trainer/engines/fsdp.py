@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -53,6 +53,13 @@ class FSDP:
     compile: bool = False
     shard_frozen: list[str] = field(default_factory=list)
 
+    def check(self, ranks: int) -> None:
+        """`replicas` must divide the ranks (see `EngineConfig.check`)."""
+        if self.replicas < 1 or ranks % self.replicas:
+            raise ValueError(
+                f"engine.replicas={self.replicas} does not divide the {ranks} ranks: HSDP needs replicas x shards ranks"
+            )
+
     def build(
         self,
         networks: Mapping[str, nn.Module],
@@ -92,7 +99,12 @@ class FSDPEngine:
         self.device = device
         self.networks = dict(networks)
         self._phases = tuple(phases)
-        self._mesh = _mesh(config.replicas, device)
+        config.check(dist.get_world_size())
+        self._mesh = init_device_mesh(
+            device.type,
+            (config.replicas, dist.get_world_size() // config.replicas),
+            mesh_dim_names=("replicate", "shard"),
+        )
         self._group = self._mesh["shard"].get_group()
         self._trainable = [name for phase in phases for name in phase.trainable]
         shared.check_frozen(config.shard_frozen, networks, self._trainable)
@@ -261,10 +273,3 @@ class FSDPEngine:
                 for p in self.networks[name].parameters()
             ),
         }
-
-
-def _mesh(replicas: int, device: torch.device) -> DeviceMesh:
-    world = dist.get_world_size()
-    if replicas < 1 or world % replicas:
-        raise ValueError(f"engine.replicas={replicas} does not divide the {world} ranks")
-    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))

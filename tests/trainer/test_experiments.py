@@ -1,0 +1,41 @@
+"""Every experiment at `scale=tiny`, from tars to a sample grid, in this process."""
+
+from pathlib import Path
+
+import pytest
+
+from conf.compose import ROOT
+from tools import cli
+from tools.demo.scenes import write_tars
+from trainer.run_directory import read_jsonl
+
+EXPERIMENTS = sorted(
+    path.relative_to(ROOT / "experiment").with_suffix("").as_posix() for path in (ROOT / "experiment").rglob("*.yaml")
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Scenes, and a text encoder that the first run trains for all."""
+    folder = tmp_path_factory.mktemp("experiments")
+    write_tars(folder / "scenes", 60, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [f"experiment={name}" for name in EXPERIMENTS] + ["first_stage=kl_tiny", "first_stage=kl_sd3"],
+)
+def test_it_trains_validates_saves_and_samples(folder, chosen):
+    name = chosen.replace("/", "_")
+    arguments = [
+        *("train", chosen, "scale=tiny", "steps=2", "samples.every=2", "validation.every=2", "log.wandb=null"),
+        *(f"runs={folder}/runs", f"name={name}", f"conditioner.folder={folder}/text_encoder"),
+        *(f"data.sources.scenes.shards={folder}/scenes", f"data.cache_folder={folder}/cache"),
+    ]
+    assert cli.execute(arguments) == 0
+    run = folder / "runs" / name
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["val/loss"] > 0
+    assert (run / "checkpoints/step_00000002/committed.json").exists()
+    assert (run / "samples/step_00000002.png").stat().st_size > 500
