@@ -24,8 +24,8 @@ class Schedule:
     decay_from: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"schedule.lr={self.lr}: it must be positive")
+        if not 0 <= self.lr < math.inf:
+            raise ValueError(f"schedule.lr={self.lr}: it must not be negative")
         if self.warmup < 0:
             raise ValueError(f"schedule.warmup={self.warmup}: it must not be negative")
         for name in ("final", "decay_from"):

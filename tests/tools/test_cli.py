@@ -97,7 +97,7 @@ SOURCE = "data.sources.photos.shards=/nowhere"
         ([SOURCE, "data.holdout=1.0"], ["data.holdout=1.0", "below 1"]),
         ([SOURCE, "data.workers=-1"], ["data.workers=-1"]),
         ([SOURCE, "data.sources.photos.weight=0.0"], ["weight 0.0"]),
-        ([SOURCE, "schedule.lr=0.0"], ["schedule.lr=0.0"]),
+        ([SOURCE, "schedule.lr=-1.0"], ["schedule.lr=-1.0"]),
         ([SOURCE, "schedule.decay_from=1.5"], ["schedule.decay_from=1.5"]),
         ([SOURCE, "optimizer.betas=[0.9, 1.0]"], ["optimizer.betas"]),
         ([SOURCE, "optimizer.weight_decay=-0.1"], ["optimizer.weight_decay=-0.1"]),
