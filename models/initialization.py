@@ -5,7 +5,7 @@ An engine builds a network on the meta device, and fills it one whole parameter 
 shard. So no rank ever holds a whole network, and 1 rank and 512 start from the same weights.
 """
 
-import zlib
+import hashlib
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -27,8 +27,9 @@ class Initializable(Protocol):
 
 def parameter_generator(seed: int, network: str, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """The generator that parameter `name` of the run's network `network` is drawn from."""
-    code = zlib.crc32(f"{network}.{name}".encode())
-    return torch.Generator(device).manual_seed((seed << 32 ^ code) & (2**63 - 1))
+    # torch's CPU generator reads the low 32 bits of a seed only: all of them must depend on everything.
+    digest = hashlib.blake2b(f"{seed} {network}.{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @torch.no_grad()

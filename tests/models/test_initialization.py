@@ -31,6 +31,11 @@ def test_two_networks_of_one_class_start_apart_and_a_namesake_starts_equal():
     assert all(torch.equal(one, same) for one, same in zip(teacher.parameters(), again.parameters(), strict=True))
 
 
+def test_another_seed_gives_other_values():
+    pairs = zip(drawn(initialize(MMDiT(**TINY), 3)), drawn(initialize(MMDiT(**TINY), 4)), strict=True)
+    assert not any(torch.equal(one, other) for one, other in pairs)
+
+
 def test_a_networks_other_parameters_do_not_matter():
     short, deep = initialize(MMDiT(**TINY), 3), initialize(MMDiT(**TINY | {"num_layers": 5}), 3)
     parameters = dict(deep.named_parameters())

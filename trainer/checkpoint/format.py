@@ -7,6 +7,8 @@
       checkpoint.json       the run's small state (`Record`)
       committed.json        size and checksum of every other file, written last
 
+Parameters, not buffers: those follow from the configuration, and `init_buffers` computes them anew.
+
 A directory without a readable `committed.json`, or with a file that does not match it, is not a checkpoint.
 """
 

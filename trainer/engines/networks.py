@@ -203,7 +203,8 @@ def set_trainable(networks: Mapping[str, nn.Module], phases: Iterable[Phase], ph
 
 
 def check_phases(networks: Mapping[str, nn.Module], phases: Iterable[Phase], optimizers: Iterable[str]) -> None:
-    """Raises ValueError for a phase that names no network, shares one with another phase, or has no optimiser."""
+    """Raises ValueError for a phase that names no network, shares one with another phase, has no optimiser, or trains
+    one whose buffers change in training: they are not in checkpoints, and ranks would differ over them."""
     owners: dict[str, str] = {}
     optimizers = set(optimizers)
     for phase in phases:
@@ -215,3 +216,9 @@ def check_phases(networks: Mapping[str, nn.Module], phases: Iterable[Phase], opt
             if name in owners:
                 raise ValueError(f"network {name!r} is trained by phases {owners[name]!r} and {phase.name!r}")
             owners[name] = phase.name
+            for inner, module in networks[name].named_modules():
+                if getattr(module, "track_running_stats", False):
+                    raise ValueError(
+                        f"{name}.{inner} keeps running statistics, which no checkpoint would hold: take a norm without"
+                        " (track_running_stats=False, or GroupNorm)"
+                    )

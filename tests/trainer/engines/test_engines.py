@@ -308,3 +308,10 @@ def test_engines_refuse_what_does_not_fit_the_run():
     assert "replicas=3 does not divide the 2 ranks" in ranks(2).run(build_wrongly, 3, [], DENOISE)[0]
     assert "shard_frozen" in ranks(2).run(build_wrongly, 1, ["denoiser"], DENOISE)[0]
     assert "no optimizer" in ranks(2).run(build_wrongly, 1, [], ADVERSARIAL)[0]
+
+
+@every_engine
+def test_a_network_whose_buffers_training_would_change_is_refused(config):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match=r"denoiser\.1 keeps running statistics"):
+        config.build({"denoiser": network}, DENOISE, {"main": OPTIMIZER}, 7, torch.device("cpu"))
