@@ -21,7 +21,8 @@ from data.buckets import Buckets
 from data.decode import MAX_PIXELS, WHITE, Color, DecodeError, decode_image
 from data.draws import Draws, slice_draws
 from data.hashing import mix64, text64
-from data.manifest import ManifestReader, checksum_of
+from data.manifest import checksum_of
+from data.manifest_reader import ManifestReader
 from data.media_size import media_member
 from data.records import QuarantineLine
 from data.selection import Selection

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data.manifest import STRUCTURE, Manifest, open_parquet, open_scores, score_identity, score_names
+from data.manifest import STRUCTURE, Manifest, open_parquet
+from data.scores import open_scores, score_identity, score_names
 from data.store import Store, StoreError, cache_root, redact
 from data.where import Where, WhereError, first_line
 

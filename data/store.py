@@ -8,6 +8,8 @@ import glob
 import io
 import os
 import random
+import re
+import socket
 import subprocess
 import tempfile
 import threading
@@ -36,6 +38,8 @@ LISTING_TIMEOUT = 600.0
 OPEN_FILES = 128
 
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
+_HOST = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
+_TEMPORARY = re.compile(rf"\..*\.{_HOST}-(\d+)-\d+")
 T = TypeVar("T")
 
 
@@ -443,7 +447,7 @@ def cache_root(folder: str | Path | None = None) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file by way of a temporary one beside it and a rename; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{threading.get_ident()}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -453,6 +457,26 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the temporary files that killed processes of this machine left in a folder; one of a store has none."""
+    if protocol_of(folder) != "file":
+        return
+    for path in local_path(folder or ".").glob(f".*.{_HOST}-*"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and not _is_alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _expand_braces(pattern: str) -> list[str]:

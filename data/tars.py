@@ -11,10 +11,12 @@ from data.compiled import Compiled, compile_sizes
 from data.dataset import Loader
 from data.decode import MAX_PIXELS
 from data.index import ensure_indexed
-from data.manifest import STRUCTURE, Checksum, Manifest, ManifestReader, open_parquet, open_scores, score_names
+from data.manifest import STRUCTURE, Checksum, Manifest, open_parquet
+from data.manifest_reader import ManifestReader
 from data.mixing import Mixture
 from data.plan import Plan, PlanSource
 from data.reader import ReaderSource, SliceReader
+from data.scores import open_scores, score_names
 from data.selection import Selection, Split, select
 from data.store import Store, cache_root
 

@@ -15,16 +15,9 @@ from shard_files import as_json, members_of, picture, sample, serve, write_shard
 
 from data.describe import describe
 from data.index import index_shard
-from data.manifest import (
-    PROBLEMS_KEPT,
-    ManifestReader,
-    checksum_of,
-    manifest_url,
-    open_scores,
-    read_manifest,
-    score_url,
-    write_scores,
-)
+from data.manifest import PROBLEMS_KEPT, checksum_of, manifest_url, read_manifest
+from data.manifest_reader import ManifestReader
+from data.scores import open_scores, score_url, write_scores
 from data.store import Store, StoreError
 
 
@@ -250,7 +243,8 @@ def test_scores_are_joined_and_refused_when_the_shard_changed(tmp_path):
 
 def test_a_reader_gives_rows_in_any_order_within_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("data.manifest.ROW_GROUP", 16)
-    monkeypatch.setattr("data.manifest.OPEN_MANIFESTS", 2)
+    monkeypatch.setattr("data.manifest_reader.ROW_GROUP", 16)
+    monkeypatch.setattr("data.manifest_reader.OPEN_MANIFESTS", 2)
     store, urls, tables = Store(), [], []
     for s in range(4):
         manifest = index(write_tar(tmp_path / f"{s}.tar", [(f"{s}-{i}.txt", b"t%d" % i) for i in range(50)]))

@@ -15,7 +15,8 @@ import xxhash
 from shard_files import as_json, picture, write_tar
 
 from data.index import ensure_indexed
-from data.manifest import ManifestReader, write_scores
+from data.manifest_reader import ManifestReader
+from data.scores import write_scores
 from data.selection import Selection, select
 from data.store import Store
 from data.where import WhereError

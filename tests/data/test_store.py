@@ -17,7 +17,8 @@ from moto.server import ThreadedMotoServer
 from shard_files import sample, serve, write_shard
 
 from data.index import ensure_indexed
-from data.manifest import ManifestReader, write_scores
+from data.manifest_reader import ManifestReader
+from data.scores import write_scores
 from data.selection import select
 from data.store import RangedFile, Store, StoreError, redact
 

@@ -176,7 +176,12 @@ BENCHMARKS = [f"bench={path.stem}" for path in sorted((ROOT / "bench").glob("*.y
 
 @pytest.mark.parametrize(
     ("job", "needed"),
-    [("index", "shards=x"), ("sample", "source=x"), *(("bench", benchmark) for benchmark in BENCHMARKS)],
+    [
+        ("index", "shards=x"),
+        ("curate", "shards=x"),
+        ("sample", "source=x"),
+        *(("bench", benchmark) for benchmark in BENCHMARKS),
+    ],
 )
 def test_every_job_passes_its_own_check(job, needed):
     check(compose(job, [needed]), import_module(cli.JOBS[job][0]).Config)

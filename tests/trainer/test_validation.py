@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.buckets import BucketList
-from data.manifest import ManifestReader
+from data.manifest_reader import ManifestReader
 from data.tars import Source, TarData, TarSplit
 from models.initialization import initialize
 from tests.trainer.ranks import ranks

@@ -1,0 +1,238 @@
+"""The `curate` job: filters score every sample, each into a column file of its own beside the manifests.
+
+A file is up to date if the shard, the filter's version and its settings are what they were; all others are made anew.
+So a job that was stopped, at any moment, goes on where it was, and ends with the same bytes.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from conf.errors import ConfigError
+from data.curation.base import Failure, Filter, GlobalFilter, Kind, Media
+from data.curation.everywhere import score_everywhere
+from data.curation.media import read_media
+from data.index import ensure_indexed
+from data.manifest import Manifest
+from data.scores import Recipe, Scored, ScoreError, as_json, read_scored, write_scores
+from data.store import Store, StoreError, redact, remove_leftovers
+from data.tasks import Task, Tasks, run_tasks
+
+
+@dataclass
+class Config:
+    """What `millrace curate` takes.
+
+    Args:
+        shards: patterns (see `Store.expand`).
+        filter: the filters, by any name; null leaves one out.
+        cluster: tasks that share the shards.
+        manifest_folder: where manifests and scores go; beside the shards if null.
+        side: pixels; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as both sides are at least this.
+        batch: samples that filters get at a time.
+        max_errors: share of a shard's samples that a filter may fail on.
+        store: where the shards lie.
+    """
+
+    shards: str | list[str]
+    filter: dict[str, Any]
+    cluster: Tasks = field(default_factory=Tasks)
+    manifest_folder: str | None = None
+    side: int = 512
+    batch: int = 64
+    max_errors: float = 0.1
+    store: Store = field(default_factory=Store)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How samples are read; see `Config`."""
+
+    side: int = 512
+    batch: int = 64
+    max_errors: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or self.batch < 1 or not 0 <= self.max_errors <= 1:
+            raise ValueError(
+                f"side={self.side} and batch={self.batch} must be positive, max_errors={self.max_errors} in [0, 1]"
+            )
+
+
+def run(config: Config) -> None:
+    """Score the shards, then print what was done and what went wrong.
+
+    Raises:
+        ConfigError: no shards, filters that do not go together, too many errors, a store that fails.
+    """
+    from conf.schema import build
+
+    patterns = [config.shards] if isinstance(config.shards, str) else list(config.shards)
+    started = time.perf_counter()
+    try:
+        tasks = Tasks(config.cluster.tasks, config.cluster.task)
+        settings = Settings(config.side, config.batch, config.max_errors)
+        filters = [build(node) for node in config.filter.values() if node is not None]
+        store = build(config.store)
+        manifests = ensure_indexed(store.expand(patterns), store, config.manifest_folder)
+        scored = curate(manifests, filters, store, settings, tasks)
+    except (StoreError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    print(summary(manifests, scored, time.perf_counter() - started))
+
+
+def curate(
+    manifests: Sequence[Manifest],
+    filters: Sequence[Filter | GlobalFilter],
+    store: Store,
+    settings: Settings | None = None,
+    tasks: Tasks | None = None,
+) -> dict[str, list[Scored | None]]:
+    """Bring the score files of all filters up to date. Global filters come last, and not in a single task of several.
+
+    Args:
+        manifests: of the shards, in an order that is the same for all tasks.
+        filters: with names and columns of their own.
+        store: where the shards lie.
+        settings: how samples are read.
+        tasks: that share the shards.
+
+    Returns:
+        By filter, what there is for each shard: None only where that is another task's.
+
+    Raises:
+        ValueError: filters that do not go together, or one that failed on too many samples of a shard.
+        StoreError: the store fails.
+        ChildProcessError: a task's process was killed.
+    """
+    settings, tasks = settings or Settings(), tasks or Tasks()
+    _check(filters)
+    for folder in sorted({m.url.rpartition("/")[0] for m in manifests}):
+        remove_leftovers(folder)
+    local = [f for f in filters if isinstance(f, Filter)]
+    due = _due(manifests, local, store, settings)
+    if any(due):
+        rows = [manifest.rows if names else 0 for manifest, names in zip(manifests, due, strict=True)]
+        totals = [sum(rows[task :: tasks.tasks]) for task in range(tasks.tasks)]
+        run_tasks(partial(_score_shards, manifests, local, due, store, settings), tasks, totals, "curate")
+    if tasks.task is None:
+        for one in filters:
+            if isinstance(one, GlobalFilter):
+                score_everywhere(one, manifests, store)
+    return {f.name: [read_scored(m, f.name, store) for m in manifests] for f in filters}
+
+
+def recipe(one: Filter, settings: Settings) -> Recipe:
+    """What makes a filter's scores what they are."""
+    seen = {"side": settings.side} if one.media == "image" else {}
+    return Recipe(one.version, as_json({**one.settings(), **seen}))
+
+
+def _check(filters: Sequence[Filter | GlobalFilter]) -> None:
+    names = Counter(f.name for f in filters)
+    columns = Counter(column for f in filters for column in f.columns.names)
+    for what, counts in (("filters have the name", names), ("filters write the column", columns)):
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"two {what} {twice[0]!r}")
+    if not filters:
+        raise ValueError("no filters: choose some with filter=[sharpness,...]")
+
+
+def _due(manifests: Sequence[Manifest], filters: Sequence[Filter], store: Store, settings: Settings) -> list[list[str]]:
+    """For each shard, the filters whose scores are to be made."""
+    recipes = {f.name: recipe(f, settings) for f in filters}
+
+    def missing(manifest: Manifest) -> list[str]:
+        scored = ((name, read_scored(manifest, name, store)) for name in recipes)
+        return [name for name, found in scored if found is None or found.recipe != recipes[name]]
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(missing, manifests))
+
+
+def _score_shards(
+    manifests: Sequence[Manifest],
+    filters: Sequence[Filter],
+    due: Sequence[Sequence[str]],
+    store: Store,
+    settings: Settings,
+    task: Task,
+) -> None:
+    """What one task does."""
+    for shard in task.own(range(len(manifests))):
+        if due[shard]:
+            _score_shard(manifests[shard], [f for f in filters if f.name in due[shard]], store, settings, task)
+
+
+def _score_shard(manifest: Manifest, filters: Sequence[Filter], store: Store, settings: Settings, task: Task) -> None:
+    """Read a shard once for all filters, and write a file for each."""
+    needs = sorted({"caption", *(name for f in filters for name in f.needs)})
+    kinds: frozenset[Kind] = frozenset(f.media for f in filters if f.media != "none")
+    columns: dict[str, dict[str, list]] = {f.name: {column: [] for column in f.columns.names} for f in filters}
+    errors: dict[str, list[ScoreError]] = {f.name: [] for f in filters}
+    row = failed = 0
+    for samples in read_media(manifest, store, needs, kinds, settings.side, settings.batch):
+        for one in filters:
+            for i, outcome in enumerate(_score(one, samples)):
+                if isinstance(outcome, Failure):
+                    errors[one.name].append(ScoreError(row + i, samples[i].key, outcome.reason, outcome.detail))
+                values = outcome if isinstance(outcome, Mapping) else {}
+                for column, collected in columns[one.name].items():
+                    collected.append(values.get(column))
+        row += len(samples)
+        task.advance(len(samples), sum(map(len, errors.values())) - failed)
+        failed = sum(map(len, errors.values()))
+    for one in filters:
+        wrong = errors[one.name]
+        if len(wrong) > settings.max_errors * manifest.rows:
+            raise ValueError(_too_many(one, manifest, wrong, settings.max_errors))
+        table = pa.table(columns[one.name], one.columns)
+        write_scores(manifest, one.name, table, store, recipe(one, settings), wrong)
+
+
+def _score(one: Filter, samples: Sequence[Media]) -> list[Mapping[str, Any] | Failure | None]:
+    """What the filter makes of each sample; None for those with other media than it looks at."""
+    outcomes: list[Mapping[str, Any] | Failure | None] = [None] * len(samples)
+    seen = []
+    for i, sample in enumerate(samples):
+        if one.media != "none" and sample.kind in (one.media, None):
+            outcomes[i] = sample.failure(one.media)
+        if outcomes[i] is None and one.media in ("none", sample.kind):
+            seen.append(i)
+    scored = one.score([samples[i] for i in seen]) if seen else []
+    for i, outcome in zip(seen, scored, strict=True):
+        outcomes[i] = outcome
+    return outcomes
+
+
+def _too_many(one: Filter, manifest: Manifest, errors: Sequence[ScoreError], limit: float) -> str:
+    reason, count = Counter(error.reason for error in errors).most_common(1)[0]
+    first = next(error for error in errors if error.reason == reason)
+    return (
+        f"the filter {one.name!r} failed on {len(errors)} of the {manifest.rows} samples of {redact(manifest.shard)}, "
+        f"more than max_errors={limit} allows: {count} times {reason}, first {first.key!r} ({first.detail or reason})"
+    )
+
+
+def summary(manifests: Sequence[Manifest], scored: Mapping[str, Sequence[Scored | None]], seconds: float) -> str:
+    """What there is and what went wrong, for people."""
+    rows = sum(m.rows for m in manifests)
+    lines = [f"{len(manifests)} shards, {rows} samples, {seconds:.1f} s"]
+    for name, files in scored.items():
+        counts: Counter[str] = Counter()
+        for file in files:
+            counts.update(dict(file.error_counts if file is not None else ()))
+        missing = sum(file is None for file in files)
+        lines.append(f"  {name}: {len(files) - missing} of {len(files)} shards scored, {counts.total()} errors")
+        lines += [f"    {reason} ({count})" for reason, count in counts.most_common()]
+        examples = ((m, e) for m, file in zip(manifests, files, strict=True) if file is not None for e in file.errors)
+        for manifest, error in islice(examples, 10):
+            lines.append(f"      {redact(manifest.shard)}: {error.key}: {error.detail or error.reason}")
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""Score files: what a filter tells of each sample of a shard, in a Parquet file of its own beside the manifest.
+
+A score file has a row for each of the manifest's, in order. Its metadata name what made it (filter, version, settings),
+the state of the shard that it belongs to, a hash of its rows, and what went wrong with which samples.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from data.manifest import STRUCTURE, SUFFIX, Manifest, open_parquet, to_parquet, told_by
+from data.store import Identity, Store, StoreError, redact
+
+VERSION = 1
+ERRORS_KEPT = 200
+"""Errors listed one by one per score file; all are counted."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a filter's scores what they are: equal recipes on an equal shard give equal scores.
+
+    Args:
+        version: of the filter's code.
+        settings: JSON values: all that changes the scores.
+        inputs: hash of the other scores (of all shards) that these are made from, or "".
+    """
+
+    version: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: str = ""
+
+
+@dataclass(frozen=True)
+class ScoreError:
+    """A sample that a filter could not score.
+
+    Args:
+        row: in the manifest.
+        key: of the sample.
+        reason: a few words, the same for all samples that fail in this way.
+        detail: what is particular to this one.
+    """
+
+    row: int
+    key: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a score file's metadata say.
+
+    Args:
+        recipe: what made it.
+        content: hash of its rows.
+        error_counts: how many samples could not be scored, by reason.
+        errors: at most `ERRORS_KEPT` of them.
+    """
+
+    recipe: Recipe
+    content: str
+    error_counts: tuple[tuple[str, int], ...] = ()
+    errors: tuple[ScoreError, ...] = ()
+
+
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a score file's metadata give them back."""
+    return json.loads(json.dumps(settings, sort_keys=True))
+
+
+def score_url(manifest: str, name: str) -> str:
+    """Where the scores of a filter lie, beside a manifest."""
+    return manifest.removesuffix(SUFFIX) + f".{name}.parquet"
+
+
+def score_names(manifest: str, store: Store) -> list[str]:
+    """The filters whose scores lie beside a manifest."""
+    prefix = score_url(manifest, "").removesuffix(".parquet")
+    found = store.glob(f"{prefix}*.parquet")
+    stem = prefix.rpartition("/")[2]
+    names = [url.rpartition("/")[2].removeprefix(stem).removesuffix(".parquet") for url in found]
+    return sorted(name for name in names if name != "manifest" and "." not in name)
+
+
+def write_scores(
+    manifest: Manifest,
+    name: str,
+    scores: pa.Table,
+    store: Store,
+    recipe: Recipe | None = None,
+    errors: Sequence[ScoreError] = (),
+) -> str:
+    """Write a filter's scores for a shard, atomically: a row for each manifest row, in order. Returns their URL.
+
+    Raises:
+        ValueError: another number of rows, a column of the manifest's own, or no name for a filter.
+        StoreError: the store fails.
+    """
+    if scores.num_rows != manifest.rows:
+        raise ValueError(f"{name}: {scores.num_rows} scores for the {manifest.rows} rows of {redact(manifest.shard)}")
+    if taken := sorted(set(scores.column_names) & (STRUCTURE.keys() | {"checksums", "row", "shard"})):
+        raise ValueError(f"{name}: the score columns {taken} have names of the manifest's own")
+    if name == "manifest" or "." in name or "/" in name:
+        raise ValueError(f"{name!r} cannot be the name of a filter")
+    told = {
+        "version": VERSION,
+        "filter": name,
+        "recipe": asdict(recipe or Recipe()),
+        "identity": manifest.identity,
+        "digest": manifest.digest,
+        "content": _content(scores),
+        "error_counts": sorted(Counter(error.reason for error in errors).items()),
+        "errors": [asdict(error) for error in errors[:ERRORS_KEPT]],
+    }
+    url = score_url(manifest.url, name)
+    store.write(url, to_parquet(scores, told))
+    return url
+
+
+def read_scored(manifest: Manifest, name: str, store: Store) -> Scored | None:
+    """What is known of a filter's scores for a shard; None where there are none of the shard as it is now."""
+    url = score_url(manifest.url, name)
+    if not store.exists(url):
+        return None
+    try:
+        with open_parquet(url, store) as file:
+            told, rows = told_by(file), file.metadata.num_rows
+    except (pa.ArrowInvalid, json.JSONDecodeError):
+        return None  # not a Parquet file: score again
+    if told.get("version") != VERSION or not _belongs(told, rows, manifest) or "recipe" not in told:
+        return None
+    return Scored(
+        recipe=Recipe(**told["recipe"]),
+        content=told["content"],
+        error_counts=tuple((reason, count) for reason, count in told["error_counts"]),
+        errors=tuple(ScoreError(**error) for error in told["errors"]),
+    )
+
+
+def _belongs(told: dict[str, Any], rows: int, manifest: Manifest) -> bool:
+    same = told.get("identity") == manifest.identity and told.get("digest") == manifest.digest
+    return same and rows == manifest.rows
+
+
+def _content(scores: pa.Table) -> str:
+    plain = scores.replace_schema_metadata(None).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, plain.schema) as stream:
+        stream.write_table(plain)
+    return xxhash.xxh3_128(sink.getvalue()).hexdigest()
+
+
+def score_identity(manifest: Manifest, name: str, store: Store) -> Identity:
+    """The state of a filter's scores for a shard.
+
+    Raises:
+        ValueError: there are none.
+    """
+    url = score_url(manifest.url, name)
+    try:
+        return store.identity(url)
+    except StoreError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        shard = redact(manifest.shard)
+        raise ValueError(
+            f"{shard} has no scores of the filter {name!r} ({redact(url)}): run it on all shards"
+        ) from error
+
+
+def open_scores(manifest: Manifest, name: str, store: Store) -> pq.ParquetFile:
+    """A filter's scores for a shard.
+
+    Raises:
+        ValueError: there are none, or they were made for another state of the shard.
+    """
+    score_identity(manifest, name, store)
+    url = score_url(manifest.url, name)
+    file = open_parquet(url, store)
+    if not _belongs(told_by(file), file.metadata.num_rows, manifest):
+        file.close()
+        raise ValueError(
+            f"{redact(url)}: these scores belong to another state of {redact(manifest.shard)}, which changed since: "
+            f"run the filter {name!r} again"
+        )
+    return file
