@@ -10,7 +10,8 @@ Any subset, order and width of encoders is laid out by the same rule.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -226,6 +227,23 @@ class TextConditioner(nn.Module):
         return sequence * mask[:, None, None], pooled * mask[:, None]
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers shows no progress over tensors within; downloads, which take their time, still show theirs."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()  # the hub's as well
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
 def _group(encoders: Sequence[TextEncoder]) -> list[list[int]]:
     """Numbers of the encoders that share token positions."""
     parts: list[list[int]] = []
@@ -251,7 +269,8 @@ def _load_weights(kind: Any, model: str, subfolder: str, dtype: Dtype) -> Any:
 
 def _load(load: Callable[..., Any], model: str, subfolder: str, **options: Any) -> Any:
     try:
-        return load(model, subfolder=subfolder, **options)
+        with without_bars():
+            return load(model, subfolder=subfolder, **options)
     except OSError as error:
         where = f"{model}/{subfolder}" if subfolder else model
         raise ValueError(

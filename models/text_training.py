@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.text import T5Encoder, TextConditioner
+from models.text import T5Encoder, TextConditioner, without_bars
 
 # Sentinels <extra_id_0>, ... that mark cut-out spans: the most spans of one caption.
 _SENTINELS = 16
@@ -183,7 +183,8 @@ def train_t5(
         encoder = T5EncoderModel(config)
         trained = model.state_dict()
         encoder.load_state_dict({name: trained[name] for name in encoder.state_dict()})
-    encoder.save_pretrained(folder)
+    with without_bars():
+        encoder.save_pretrained(folder)
     return losses
 
 

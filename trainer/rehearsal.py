@@ -16,9 +16,6 @@ from trainer.objectives.base import Objective
 
 log = logging.getLogger(__name__)
 
-# The "step" of draws that belong to no training step.
-REHEARSAL_STEP = -3
-
 
 def rehearse(
     objective: Objective,
@@ -37,7 +34,7 @@ def rehearse(
         arrange: slices to passes, as in training.
 
     Raises:
-        RuntimeError: a shape does not fit into memory, or compiles too often; names the shape.
+        RuntimeError: a shape does not fit into the GPU's memory; names it. Or torch's own: a block compiles too often.
     """
     for bucket in buckets:
         first = arrange([blank(bucket, slice_size, lane).to(engine.device) for lane in range(slices)])[0]
@@ -56,9 +53,10 @@ def rehearse(
 
 
 def blank(bucket: Bucket, size: int, lane: int = 0) -> Batch:
-    """Black pictures without captions, in a bucket's shape."""
+    """Black pictures without captions, in a bucket's shape. Their draws are some step's: draws are keyed, and drawing
+    takes nothing from that step."""
     return Batch(
-        draws=slice_draws(0, REHEARSAL_STEP, lane, size),
+        draws=slice_draws(0, 0, lane, size),
         keys=[""] * size,
         captions=[""] * size,
         images=torch.zeros(size, 3, bucket.height, bucket.width, dtype=torch.uint8),

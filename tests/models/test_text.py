@@ -223,3 +223,15 @@ def test_pickled_weights_are_refused(sd3: Path, tmp_path: Path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="Could not load"):
         T5Encoder(str(tmp_path), tokenizer=str(sd3), tokenizer_subfolder="tokenizer_3")
+
+
+def test_loading_shows_no_bar_and_leaves_transformers_as_it_was(sd3: Path, capsys):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers import T5EncoderModel
+    from transformers.utils import logging
+
+    t5(sd3)
+    assert capsys.readouterr().err == ""
+    assert logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    T5EncoderModel.from_pretrained(sd3 / "text_encoder_3")
+    assert "Loading weights" in capsys.readouterr().err, "what others load shows its bar"

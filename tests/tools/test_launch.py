@@ -5,16 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.trainer.jobs import SMALL
 from tools.demo.scenes import write_tars
 from trainer.run_directory import read_jsonl
 
-STEPS = 60
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,8 @@ def folder(tmp_path_factory) -> Path:
 
 def command(folder: Path, name: str, *overrides: str) -> list[str]:
     return [
-        *(sys.executable, "-P", "-m", "tools.cli", "train", "scale=tiny", f"name={name}", f"runs={folder}/runs"),
+        *(sys.executable, "-P", "-m", "tools.cli", "train", *SMALL, f"name={name}", f"runs={folder}/runs"),
         *(f"data.sources.scenes.shards={folder}/scenes", f"data.cache_folder={folder}/cache", "data.workers=1"),
-        *(f"conditioner.folder={folder}/text_encoder", "samples.every=null", "log.wandb=null", "rehearse=false"),
         *("cluster.processes=2", f"steps={STEPS}", "checkpoint.every=100000", *overrides),
     ]
 
@@ -40,13 +40,12 @@ def environment() -> dict[str, str]:
 class Launched:
     """A launcher that runs; what it started is killed at the end."""
 
-    def __init__(self, folder: Path, name: str, *overrides: str, terminal: int | None = None):
+    def __init__(self, folder: Path, name: str, *overrides: str):
         self.folder = folder / "runs" / name
         self.output = folder / f"{name}.{time.monotonic_ns()}.txt"
         with self.output.open("w") as file:
             self.process = psutil.Popen(
                 command(folder, name, *overrides),
-                stdin=terminal,
                 stdout=file,
                 stderr=file,
                 env=environment(),
@@ -78,11 +77,11 @@ class Launched:
 
 
 @pytest.fixture
-def launched(folder) -> Iterator:
+def launched(folder) -> Iterator[Callable[..., Launched]]:
     started: list[Launched] = []
 
-    def launch(name: str, *overrides: str, **options: int) -> Launched:
-        started.append(Launched(folder, name, *overrides, **options))
+    def launch(name: str, *overrides: str) -> Launched:
+        started.append(Launched(folder, name, *overrides))
         return started[-1]
 
     yield launch
@@ -98,6 +97,7 @@ def undisturbed(folder) -> list[float]:
     return [row["loss"] for row in read_jsonl(folder / "runs" / "undisturbed" / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_signal_lets_the_ranks_save_and_the_run_goes_on_as_if_undisturbed(launched, undisturbed):
     for number in (signal.SIGUSR1, signal.SIGTERM):
         run = launched("stopped")
