@@ -15,25 +15,38 @@ from tools.demo.scenes import COLOURS, FORMATS, PLACES, SHAPES, SIZES, Scene, Sc
 TRIPLES = [SceneObject(*triple) for triple in itertools.product(SHAPES, COLOURS, PLACES)]
 
 
+def of(split: str) -> set[SceneObject]:
+    return {thing for thing in TRIPLES if thing.split == split}
+
+
 def test_a_sixth_of_all_triples_is_held_out_and_every_pair_is_still_shown():
-    shown = [thing for thing in TRIPLES if not thing.held_out]
+    shown = of("train")
     assert (len(TRIPLES), len(shown)) == (216, 180)
     assert {(o.shape, o.colour) for o in shown} == set(itertools.product(SHAPES, COLOURS))
     assert {(o.shape, o.place) for o in shown} == set(itertools.product(SHAPES, PLACES))
     assert {(o.colour, o.place) for o in shown} == set(itertools.product(COLOURS, PLACES))
 
 
-def test_training_scenes_never_show_a_held_out_object_and_held_out_scenes_always_do():
-    train, held = list(scenes(3000, seed=0, held_out=False)), list(scenes(1000, seed=0, held_out=True))
-    seen = {thing for scene in train for thing in scene.objects}
-    assert seen == {thing for thing in TRIPLES if not thing.held_out}, "3,000 scenes show every allowed triple"
-    assert all(not seen.issuperset(scene.objects) for scene in held)
-    asked = {thing for scene in held for thing in scene.objects}
-    assert asked.issuperset({thing for thing in TRIPLES if thing.held_out}), "1,000 prompts ask for every held-out one"
+def test_half_of_the_held_out_triples_are_for_the_test_alone_and_both_halves_have_every_shape_colour_and_place():
+    for held in (of("validation"), of("test")):
+        assert len(held) == 18
+        assert {o.shape for o in held} == set(SHAPES)
+        assert {o.colour for o in held} == set(COLOURS)
+        assert {o.place for o in held} == set(PLACES)
+
+
+def test_training_scenes_never_show_a_held_out_object_and_held_out_scenes_always_one_of_their_own_half():
+    seen = {thing for scene in scenes(3000, 0, "train") for thing in scene.objects}
+    assert seen == of("train"), "3,000 scenes show every allowed triple"
+    for split in ("validation", "test"):
+        held = list(scenes(1000, 0, split))
+        assert all(of(split).intersection(scene.objects) for scene in held)
+        asked = {thing for scene in held for thing in scene.objects} - of("train")
+        assert asked == of(split), "1,000 prompts ask for every held-out one of the half, and for none of the other"
 
 
 def test_a_caption_names_each_object_with_its_place():
-    for scene in scenes(500, seed=1, held_out=False):
+    for scene in scenes(500, seed=1, split="train"):
         for thing in scene.objects:
             assert f"{thing.colour} {thing.shape}" in scene.caption
         if len(scene.objects) == 1:
@@ -42,7 +55,7 @@ def test_a_caption_names_each_object_with_its_place():
 
 @pytest.mark.parametrize("relation, first", [("to the left of", 0), ("to the right of", 1), ("above", 0), ("below", 1)])
 def test_a_relation_names_the_object_that_it_is_true_of_first(relation, first):
-    told = [scene for scene in scenes(500, seed=1, held_out=False) if f" {relation} " in scene.caption]
+    told = [scene for scene in scenes(500, seed=1, split="train") if f" {relation} " in scene.caption]
     assert told
     for scene in told:
         one, other = scene.objects[first], scene.objects[1 - first]

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.demo import judge
-from tools.demo.scenes import Scene, draw, write_tars
+from tools.demo.scenes import SPLITS, Scene, Split, draw, write_tars
 
 TRAINING_SCENES = 6000
 PROMPTS = 240
@@ -53,19 +53,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the data, the training and the prompts")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs")
+    parser.add_argument("--split", choices=SPLITS[1:], default="test", help="of the prompts; the other is for tuning")
     parser.add_argument("overrides", nargs="*", help="passed on to `millrace train`, e.g. steps=100")
     arguments = parser.parse_args()
-    demonstrate(arguments.seed, arguments.runs, arguments.overrides)
+    demonstrate(arguments.seed, arguments.runs, arguments.overrides, arguments.split)
 
 
-def demonstrate(seed: int, runs: Path, overrides: Sequence[str] = ()) -> Verdict:
+def demonstrate(seed: int, runs: Path, overrides: Sequence[str] = (), split: Split = "test") -> Verdict:
     """Run the whole demo into `<runs>/demo`, or `<runs>/demo_<seed>` for other seeds than 0; print where all is."""
     name = "demo" if seed == 0 else f"demo_{seed}"
     folder = runs / name
     _clear(folder)
     with _timed(f"drawing {TRAINING_SCENES} captioned scenes"):
         write_tars(folder / "data" / "train", TRAINING_SCENES, seed)
-        held_out = write_tars(folder / "data" / "held_out", PROMPTS, seed, held_out=True)
+        held_out = write_tars(folder / "data" / split, PROMPTS, seed, split=split)
     (folder / _MARKER).write_text(json.dumps({"seed": seed}))
     shards = folder / "data" / "train"
     with _timed("indexing"):

@@ -10,6 +10,9 @@ with the shape, colour and place numbered in the order of `SHAPES`, `COLOURS` an
 places. No training scene contains such an object, yet training shows every *pair*: each shape in each colour, each
 shape in each place, and each colour in each place. A held-out scene has at least one held-out object, so a model draws
 it only if it has learned shape, colour and place as parts.
+
+Half of the held-out triples, those with (shape // 2 + place) even, are for choosing hyperparameters ("validation"); the
+other half ("test") gives the figure that the demo reports. A scene of one never has an object of the other.
 """
 
 import io
@@ -17,6 +20,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -55,6 +59,9 @@ SIZES = ((64, 64), (72, 56), (56, 72))
 FORMATS = ("jpg", "png", "webp")
 _SUPERSAMPLING = 4
 
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
 
 @dataclass(frozen=True)
 class SceneObject:
@@ -65,10 +72,13 @@ class SceneObject:
     place: str
 
     @property
-    def held_out(self) -> bool:
-        """Whether training never shows this triple (the rule is in the module's docstring)."""
-        number = SHAPES.index(self.shape) + list(COLOURS).index(self.colour) + list(PLACES).index(self.place)
-        return number % 6 == 0
+    def split(self) -> Split:
+        """The split whose scenes show this triple (the rule is in the module's docstring); all show those of training."""
+        shape, place = SHAPES.index(self.shape), list(PLACES).index(self.place)
+        colour = list(COLOURS).index(self.colour)
+        if (shape + colour + place) % 6:
+            return "train"
+        return "test" if (shape // 2 + place) % 2 else "validation"
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,6 @@ class Scene:
     caption: str
     width: int
     height: int
-
-    @property
-    def held_out(self) -> bool:
-        """Whether any of the objects is held out."""
-        return any(thing.held_out for thing in self.objects)
 
 
 def describe(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> str:
@@ -135,18 +140,19 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return canvas.round().clip(0, 255).astype(np.uint8)
 
 
-def scenes(count: int, seed: int, held_out: bool) -> Iterator[Scene]:
-    """`count` scenes, either all free of held-out objects (for training) or each with at least one (for the test).
+def scenes(count: int, seed: int, split: Split) -> Iterator[Scene]:
+    """`count` scenes of objects that training may show; in the other splits, with at least one that it never shows.
 
     Every fourth shows two objects, the others one. Every kind of each is equally likely, up to the hold-out.
     """
-    rng = np.random.default_rng([seed, int(held_out)])
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
     for index in range(count):
         width, height = SIZES[rng.integers(len(SIZES))]
         places = _choose(rng, *PAIR_PLACES) if index % 4 == 3 else (_choose(rng, *SINGLE_PLACES),)
         while True:
             objects = tuple(SceneObject(_choose(rng, *SHAPES), _choose(rng, *COLOURS), place) for place in places)
-            if any(thing.held_out for thing in objects) == held_out:
+            # The objects' own splits are "train", but for at least one in the splits that are held out.
+            if {thing.split for thing in objects} - {"train"} == {split} - {"train"}:
                 break
         yield Scene(objects, describe(objects, rng), width, height)
 
@@ -159,15 +165,15 @@ def encode(picture: np.ndarray, extension: str) -> bytes:
     return buffer.getvalue()
 
 
-def write_tars(folder: Path, count: int, seed: int, held_out: bool = False, per_shard: int = 1000) -> list[Scene]:
+def write_tars(folder: Path, count: int, seed: int, split: Split = "train", per_shard: int = 1000) -> list[Scene]:
     """Write `count` scenes to `folder/00000.tar` and so on, and return them in the tars' order.
 
     Each sample has a picture, a `.txt` with the caption and a `.json` with caption, width, height and objects. The same
     arguments write the same pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, int(held_out), 1])
-    written = list(scenes(count, seed, held_out))
+    rng = np.random.default_rng([seed, SPLITS.index(split), 1])
+    written = list(scenes(count, seed, split))
     for start in range(0, count, per_shard):
         with webdataset.TarWriter(str(folder / f"{start // per_shard:05d}.tar"), mtime=0) as tar:
             for index, scene in enumerate(written[start : start + per_shard], start):
@@ -175,7 +181,7 @@ def write_tars(folder: Path, count: int, seed: int, held_out: bool = False, per_
                 facts = {"caption": scene.caption, "width": scene.width, "height": scene.height}
                 tar.write(
                     {
-                        "__key__": f"{'held' if held_out else 'scene'}_{index:06d}",
+                        "__key__": f"{split}_{index:06d}",
                         extension: encode(draw(scene, rng), extension),
                         "txt": scene.caption,
                         "json": json.dumps(facts | {"objects": [asdict(thing) for thing in scene.objects]}),
