@@ -74,9 +74,11 @@ class Validates(Protocol):
     """An objective with a loss of held-out samples by which runs, and steps of one run, can be compared."""
 
     def validation_losses(self, networks: Mapping[str, nn.Module], batch: Batch) -> Mapping[str, Tensor]:
-        """Values of each sample, (n,) float32 by name. Their averages are logged as `val/<name>`; the one that stands
-        for all is "loss". Called without gradients; random numbers come from `batch.draws`, and nothing else (dropout)
-        is random."""
+        """Values of each sample, (n,) float32 by name, whatever the others of its batch: black pictures may fill it up.
+
+        Their averages are logged as `val/<name>`; the one that stands for all is "loss". Called without gradients;
+        random numbers come from `batch.draws`, and nothing else (dropout) is random.
+        """
 
 
 @runtime_checkable
