@@ -73,7 +73,7 @@ class SceneObject:
 
     @property
     def split(self) -> Split:
-        """The split whose scenes show this triple (the rule is in the module's docstring); all show those of training."""
+        """The split whose scenes show it, by the module's rule; all scenes may show those of training."""
         shape, place = SHAPES.index(self.shape), list(PLACES).index(self.place)
         colour = list(COLOURS).index(self.colour)
         if (shape + colour + place) % 6:
