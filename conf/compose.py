@@ -75,12 +75,13 @@ def _check_choices(job: str, overrides: list[str]) -> None:
     """Whether the choices of groups are among those that `describe` lists."""
     groups = _groups(job)
     for override in OverridesParser.create().parse_overrides(overrides):
-        group, choice = override.key_or_group, override.value()
+        group, value = override.key_or_group, override.value()
         options = groups.get(group, [])
-        if options and isinstance(choice, str) and choice not in options:
-            raise ConfigError(
-                f"Group {group!r} has no choice {choice!r}{_nearest(choice, options)}; it has {', '.join(options)}."
-            )
+        for choice in value if isinstance(value, list) else [value]:
+            if options and isinstance(choice, str) and choice not in options:
+                raise ConfigError(
+                    f"Group {group!r} has no choice {choice!r}{_nearest(choice, options)}; it has {', '.join(options)}."
+                )
 
 
 def describe(job: str, purpose: str) -> str:

@@ -55,9 +55,11 @@ class ConstantDecay:
             raise ValueError(f"an EMA's decay must be in [0, 1), not {self.decay}")
 
     def retention(self, step: int, every: int, updates: int) -> float:
+        """`decay`, or less during the warm-up (see `Length.retention`)."""
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
     def describe(self) -> dict[str, Any]:
+        """The constructor's arguments."""
         return asdict(self)
 
 
@@ -83,10 +85,13 @@ class PowerFunction:
         return gamma_of(self.sigma_rel)
 
     def retention(self, step: int, every: int, updates: int) -> float:
+        """(1 - every / step)^(gamma + 1): eq. 3's factors of the steps since the last update, multiplied (see
+        `Length.retention`)."""
         # Steps since the last update share the present weights, so the factors of the steps multiply to this.
         return (1 - every / step) ** (self.gamma + 1)
 
     def describe(self) -> dict[str, Any]:
+        """The constructor's arguments."""
         return asdict(self)
 
 
