@@ -174,7 +174,7 @@ def _score_shards(
 def _score_shard(manifest: Manifest, filters: Sequence[Filter], store: Store, settings: Settings, task: Task) -> None:
     """Read a shard once for all filters, and write a file for each."""
     needs = sorted({"caption", *(name for f in filters for name in f.needs)})
-    kinds: frozenset[Kind] = frozenset(f.media for f in filters if f.media != "none")
+    kinds: frozenset[Kind] = frozenset().union(*(f.kinds for f in filters))
     columns: dict[str, dict[str, list]] = {f.name: {column: [] for column in f.columns.names} for f in filters}
     errors: dict[str, list[ScoreError]] = {f.name: [] for f in filters}
     row = failed = 0
@@ -202,10 +202,12 @@ def _score(one: Filter, samples: Sequence[Media]) -> list[Mapping[str, Any] | Fa
     outcomes: list[Mapping[str, Any] | Failure | None] = [None] * len(samples)
     seen = []
     for i, sample in enumerate(samples):
-        if one.media != "none" and sample.kind in (one.media, None):
-            outcomes[i] = sample.failure(one.media)
-        if outcomes[i] is None and one.media in ("none", sample.kind):
+        if one.media == "none" or (one.media == "any" and sample.kind is not None):
             seen.append(i)
+        elif sample.kind in one.kinds or sample.kind is None:
+            outcomes[i] = sample.failure()
+            if outcomes[i] is None:
+                seen.append(i)
     scored = one.score([samples[i] for i in seen]) if seen else []
     for i, outcome in zip(seen, scored, strict=True):
         outcomes[i] = outcome

@@ -15,6 +15,7 @@ import pyarrow as pa
 from data.decode import DecodeError, decode_image
 
 Kind = Literal["image", "video"]
+KINDS: tuple[Kind, ...] = ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Media:
             raise self._decoded
         return self._decoded
 
-    def failure(self, kind: Kind) -> Failure | None:
-        """Why a filter of media of this kind cannot see the sample, if so. A picture is decoded for it."""
+    def failure(self) -> Failure | None:
+        """Why the picture or clip cannot be seen, if so. A picture is decoded for it."""
         if self.kind is None:
             return Failure("no picture or clip")
-        if kind == "image" and isinstance(self._decoded, DecodeError):
+        if self.kind == "image" and isinstance(self._decoded, DecodeError):
             return Failure("undecodable picture", str(self._decoded))
         return None
 
@@ -100,12 +101,20 @@ class Filter(_Columns):
     that waits for the first `score`, in the process that calls it.
 
     Attributes:
-        media: what it looks at: samples with other media get None. "none": only at the manifest's columns.
+        media: what it looks at: samples with other media get None. "any": pictures and clips, as encoded. "none": only
+            the manifest's columns.
         needs: manifest columns that it reads from `Media.row`.
     """
 
-    media: ClassVar[Literal["none", "image", "video"]]
+    media: ClassVar[Literal["none", "image", "video", "any"]]
     needs: Sequence[str] = ()
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """Media that it looks at."""
+        if self.media == "none":
+            return frozenset()
+        return frozenset(KINDS) if self.media == "any" else frozenset({self.media})
 
     @abstractmethod
     def score(self, samples: Sequence[Media]) -> Sequence[Mapping[str, Any] | Failure]:

@@ -1,0 +1,69 @@
+"""Groups of samples that are pairwise alike, and the best of each."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Groups:
+    """For each of N samples:
+
+    Args:
+        first: (N,) int64, number of the first sample of its group.
+        rank: (N,) int64, 0 for the best of its group, 1 for the next ...; 0 for a sample that is alone.
+        alone: (N,) bool, whether it is the only one of its group.
+    """
+
+    first: np.ndarray
+    rank: np.ndarray
+    alone: np.ndarray
+
+
+class DisjointSets:
+    """Union-find over the samples 0 .. N-1, by smallest member (Tarjan 1975, with path halving).
+
+    Args:
+        count: N.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def find(self, sample: int) -> int:
+        """The smallest member of the sample's group."""
+        parent = self._parent
+        while parent[sample] != sample:
+            parent[sample] = sample = parent[parent[sample]]
+        return sample
+
+    def join(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Put each pair into one group."""
+        for a, b in pairs:
+            first, second = self.find(a), self.find(b)
+            self._parent[max(first, second)] = min(first, second)
+
+    def firsts(self) -> np.ndarray:
+        """(N,) int64, the smallest member of each sample's group."""
+        return np.fromiter((self.find(i) for i in range(len(self._parent))), np.int64, len(self._parent))
+
+
+def rank_groups(first: np.ndarray, keys: Sequence[np.ndarray]) -> Groups:
+    """Rank the members of each group.
+
+    Args:
+        first: (N,) int64, the same number for all members of a group, that of its first one.
+        keys: (N,) each, by which a group is ranked, largest first; each decides where those before are equal, and in
+            the end the sample's number, smallest first. NaN ranks last.
+    """
+    count = len(first)
+    descending = [np.where(np.isnan(key), np.inf, -key) for key in (np.asarray(k, np.float64) for k in keys)]
+    order = np.lexsort([np.arange(count), *reversed(descending), first])
+    starts = np.flatnonzero(np.diff(first[order], prepend=-1))
+    sizes = np.diff(starts, append=count)
+    rank = np.empty(count, np.int64)
+    rank[order] = np.arange(count) - np.repeat(starts, sizes)
+    alone = np.empty(count, bool)
+    alone[order] = np.repeat(sizes == 1, sizes)
+    return Groups(first, rank, alone)

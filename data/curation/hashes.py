@@ -1,0 +1,85 @@
+"""Hashes of samples, by which `duplicates` finds those that are the same, or nearly so."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from data.curation.base import Failure, Filter, Media
+
+_GRID = 32
+_ANCHORS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
+
+
+class ContentHash(Filter):
+    """`content_hash`: XXH3 (128 bits) of the encoded picture or clip: equal for equal files."""
+
+    name = "content_hash"
+    media: ClassVar = "any"
+    columns = pa.schema({"content_hash": pa.binary(16)})
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def score(self, samples: Sequence[Media]) -> Sequence[Mapping[str, Any] | Failure]:
+        return [{"content_hash": xxhash.xxh3_128_digest(sample.data)} for sample in samples]
+
+
+class PerceptualHash(Filter):
+    """64-bit hashes of what a picture looks like, of which few bits change under re-encoding, resizing and mild
+    changes of colour and brightness.
+
+    A hash tells which of the 8 x 8 lowest cosine coefficients of a 32 x 32 grey picture lie above their median (pHash;
+    Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). `phash` is that of the whole
+    picture. Cropping changes it: taking off a twentieth flips some 4 to 10 bits. So `phash_windows` holds those of
+    windows into the picture, one of which is close to any crop of about that share: five for each of `crops`, in the
+    middle and in the corners.
+
+    Out of its reach are crops of more than a sixth, rotated and mirrored pictures, and borders or text over much of a
+    picture; line art on plain ground has few distinct hashes. A picture without structure has no hash: both are None.
+
+    Args:
+        crops: shares of the sides that crops may take off.
+        contrast: standard deviation of brightness, in grey levels, below which a picture counts as without structure.
+    """
+
+    name = "perceptual_hash"
+    media: ClassVar = "image"
+    columns = pa.schema({"phash": pa.uint64(), "phash_windows": pa.list_(pa.uint64())})
+
+    def __init__(self, crops: list[float] = [0.05, 0.1], contrast: float = 2.0) -> None:  # noqa: B006
+        if not all(0 < share < 0.5 for share in crops):
+            raise ValueError(f"crops {crops} must be shares of the sides, between 0 and 0.5")
+        self.crops, self.contrast = crops, contrast
+
+    def settings(self) -> dict[str, Any]:
+        return {"crops": self.crops, "contrast": self.contrast}
+
+    def score(self, samples: Sequence[Media]) -> Sequence[Mapping[str, Any] | Failure]:
+        return [self._hash(sample.image) for sample in samples]
+
+    def _hash(self, image: np.ndarray) -> dict[str, Any]:
+        # Grey first, then a size from which windows are cheap: 4 x the grid, so that their edges fall near enough.
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        if min(grey.shape) > 4 * _GRID:
+            grey = cv2.resize(grey, (4 * _GRID, 4 * _GRID), interpolation=cv2.INTER_AREA)
+        if grey.std() < self.contrast:
+            return {}
+        height, width = grey.shape
+        windows = []
+        for share in self.crops:
+            rows, columns = max(1, round(height * (1 - share))), max(1, round(width * (1 - share)))
+            for down, right in _ANCHORS:
+                top, left = round((height - rows) * down), round((width - columns) * right)
+                windows.append(_dct_hash(grey[top : top + rows, left : left + columns]))
+        return {"phash": _dct_hash(grey), "phash_windows": windows}
+
+
+def _dct_hash(grey: np.ndarray) -> int:
+    small = cv2.resize(grey, (_GRID, _GRID), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = cv2.dct(small)[:8, :8].ravel()
+    # The first coefficient is the mean brightness, far from all others.
+    return int(np.packbits(low > np.median(low[1:])).view(np.uint64)[0])

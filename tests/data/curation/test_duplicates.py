@@ -1,0 +1,155 @@
+"""Duplicates: hashes of pictures that were cropped, resized and compressed, against brute force and ground truth."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import scipy.fft
+from drawn import cropped, encoded, media, natural
+from shard_files import write_tar
+
+from data.curate import curate
+from data.curation.duplicates import Duplicates
+from data.curation.groups import DisjointSets, rank_groups
+from data.curation.hamming import near_pairs
+from data.curation.hashes import ContentHash, PerceptualHash
+from data.index import ensure_indexed
+from data.scores import score_url
+from data.selection import select
+from data.store import Store
+
+
+def test_the_hash_is_the_sign_of_the_lowest_cosine_coefficients():
+    pixels = natural(3, 32, 32)
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float64)
+    low = scipy.fft.dctn(grey, norm="ortho")[:8, :8].ravel()
+    (scored,) = PerceptualHash(crops=[]).score([media(pixels)])
+    bits = np.unpackbits(np.array([scored["phash"]], np.uint64).view(np.uint8))
+    assert bits.tolist() == (low > np.median(low[1:])).tolist()
+    assert scored["phash_windows"] == []
+
+
+def test_a_picture_without_structure_has_no_hash():
+    blank = np.full((50, 50, 3), 200, np.uint8)
+    assert PerceptualHash().score([media(blank)]) == [{}]
+
+
+@pytest.mark.parametrize("distance", [0, 1, 5, 8, 11])
+def test_near_hashes_are_found_as_by_comparing_all(distance):
+    rng = np.random.default_rng(distance)
+    hashes = rng.integers(0, 1 << 63, 300, dtype=np.uint64)
+    queries = np.concatenate([hashes[:100], rng.integers(0, 1 << 63, 100, dtype=np.uint64)])
+    for i in range(100):  # flip up to 14 bits
+        for bit in rng.choice(64, rng.integers(15), replace=False):
+            queries[i] ^= np.uint64(1) << np.uint64(bit)
+    expected = np.argwhere(np.bitwise_count(queries[:, None] ^ hashes[None]) <= distance)
+    found = {pair for a, b in near_pairs(queries, hashes, distance) for pair in zip(a, b, strict=True)}
+    assert found == set(map(tuple, expected.tolist()))
+    assert len(found) > 0
+
+
+def test_groups_are_connected_and_ranked():
+    sets = DisjointSets(7)
+    sets.join([(5, 2), (2, 6), (3, 1)])
+    assert sets.firsts().tolist() == [0, 1, 2, 1, 4, 2, 2]
+    groups = rank_groups(sets.firsts(), [np.array([0, np.nan, 1, 0, 0, 2, 1]), np.array([0, 0, 1, 0, 0, 0, 2])])
+    assert groups.rank.tolist() == [0, 1, 2, 0, 0, 0, 1]
+    assert groups.alone.tolist() == [True, False, False, False, True, False, False]
+
+
+def write_variants(folder: Path, originals: int) -> dict[str, int]:
+    """Two shards of pictures, each with five copies that differ. Returns which original each key shows."""
+    rng = np.random.default_rng(0)
+    members: list[list[tuple[str, bytes]]] = [[], []]
+    shows = {}
+    for original in range(originals):
+        pixels = natural(original, *rng.integers(200, 400, 2).tolist())
+        small = cv2.resize(pixels, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA)
+        mixed = cv2.resize(cropped(pixels, 0.06, rng), None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA)
+        files = {
+            "png": encoded(pixels),
+            "copy": encoded(pixels),
+            "jpeg": encoded(pixels, 25),
+            "small": encoded(small, 60),
+            "crop": encoded(cropped(pixels, 0.07, rng), 80),
+            "mixed": encoded(mixed, 40),
+        }
+        for place, (name, data) in enumerate(files.items()):
+            key = f"{original:03d}-{name}"
+            shows[key] = original
+            form = "png" if name in ("png", "copy") else "jpg"
+            members[(original + place) % 2].append((f"{key}.{form}", data))
+    for shard, of_shard in enumerate(members):
+        write_tar(folder / f"{shard}.tar", of_shard)
+    return shows
+
+
+def test_near_duplicates_are_found_and_the_best_is_kept(tmp_path):
+    shows = write_variants(tmp_path, 60)
+    store = Store()
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    curate(manifests, [ContentHash(), PerceptualHash(), Duplicates()], store)
+    keys = [key for m in manifests for key in pq.read_table(m.url)["key"].to_pylist()]
+    found = pa.concat_tables([pq.read_table(score_url(m.url, "duplicates")) for m in manifests]).to_pydict()
+    groups = np.array([-1 - i if g is None else g for i, g in enumerate(found["duplicate_group"])])
+    truth = np.array([shows[key] for key in keys])
+    pairs = np.triu_indices(len(keys), 1)
+    same = truth[pairs[0]] == truth[pairs[1]]
+    joined = groups[pairs[0]] == groups[pairs[1]]
+    recall, precision = (same & joined).sum() / same.sum(), (same & joined).sum() / joined.sum()
+    assert recall >= 0.95 and precision >= 0.98, (recall, precision)
+
+    selection = select(manifests, store, "duplicate_rank = 0", cache_folder=str(tmp_path / "cache"))
+    at = [sum(m.rows for m in manifests[:s]) + row for s, row in selection.locate(np.arange(len(selection)))]
+    assert len({truth[i] for i in at}) == 60
+    best = [keys[i] for i in at if found["duplicate_group"][i] is not None]
+    assert all(key.endswith(("-png", "-copy", "-jpeg")) for key in best)  # those of full size
+
+
+def test_only_equal_files_are_duplicates_where_no_distance_is_given(tmp_path):
+    shows = write_variants(tmp_path, 5)
+    store = Store()
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    curate(manifests, [ContentHash(), Duplicates(distance=None, best="key_hash")], store)
+    rows = [
+        (key, group)
+        for m in manifests
+        for key, group in zip(
+            pq.read_table(m.url)["key"].to_pylist(),
+            pq.read_table(score_url(m.url, "duplicates"))["duplicate_group"].to_pylist(),
+            strict=True,
+        )
+    ]
+    for original in range(5):
+        of_one = {key: group for key, group in rows if shows[key] == original}
+        assert of_one[f"{original:03d}-png"] == of_one[f"{original:03d}-copy"] is not None
+        assert [key for key, group in of_one.items() if group is None] == [
+            key for key in of_one if not key.endswith(("-png", "-copy"))
+        ]
+
+
+def test_a_filter_without_its_inputs_says_which_column_is_missing(tmp_path):
+    write_variants(tmp_path, 1)
+    store = Store()
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    with pytest.raises(ValueError, match=r"'duplicates' needs the column 'content_hash'"):
+        curate(manifests, [Duplicates()], store)
+
+
+def test_duplicates_are_found_anew_when_a_shard_changes_and_only_then(tmp_path):
+    write_variants(tmp_path, 3)
+    store = Store()
+    filters = [ContentHash(), PerceptualHash(), Duplicates()]
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    curate(manifests, filters, store)
+    urls = [Path(score_url(m.url, "duplicates")) for m in manifests]
+    before = [url.stat().st_mtime_ns for url in urls]
+    curate(manifests, filters, store)
+    assert [url.stat().st_mtime_ns for url in urls] == before
+    write_tar(tmp_path / "1.tar", [("new.png", encoded(natural(9)))])
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    curate(manifests, filters, store)
+    assert all(url.stat().st_mtime_ns > old for url, old in zip(urls, before, strict=True))
