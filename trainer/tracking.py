@@ -13,6 +13,8 @@ from typing import Any, Self
 
 from trainer.run_directory import RunDirectory
 
+log = logging.getLogger(__name__)
+
 
 class Tracker:
     """Writes rows on the main rank; does nothing on the others. A context manager, whose end closes everything.
@@ -23,7 +25,7 @@ class Tracker:
         steps: length of the run, for the progress bar.
         start: the step that the run goes on from.
         wandb: project, entity, group, tags and mode for W&B; None leaves it out. The mode "auto" is online where
-            this machine is logged in, else offline: nothing is ever asked for.
+            this machine is logged in and W&B answers, else offline: nothing is ever asked for.
         is_main: whether this rank writes.
 
     Raises:
@@ -105,19 +107,30 @@ class _Wandb:
         if self._file.exists():
             known = json.loads(self._file.read_text())
             self._id, self._logged = known["id"], known["logged"]
-        options = dict(settings)
-        mode = _resolved(options.pop("mode", "auto"))
-        self._run = wandb.init(
-            dir=str(directory.path),
-            name=directory.path.name,
-            id=self._id,
-            resume="allow" if mode == "online" else None,
-            config=config,
-            allow_val_change=True,
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off", x_save_requirements=False),
-            **options,
-        )
+        options = {"mode": "auto", **settings}
+        asked = options.pop("mode")
+
+        def start(mode: Any) -> Any:
+            return wandb.init(
+                dir=str(directory.path),
+                name=directory.path.name,
+                id=self._id,
+                resume="allow" if mode == "online" else None,
+                config=config,
+                allow_val_change=True,
+                mode=mode,
+                settings=wandb.Settings(silent=True, console="off", x_save_requirements=False),
+                **options,
+            )
+
+        try:
+            self._run = start(_resolved(asked))
+        except wandb.errors.CommError as error:
+            if asked != "auto":
+                raise
+            log.warning("W&B does not answer, and is written offline from here on: %s", error)
+            wandb.teardown()
+            self._run = start("offline")
         self._run.define_metric("*", step_metric="step")
 
     def __enter__(self) -> Self:
@@ -148,6 +161,7 @@ def _resolved(mode: str) -> Any:
         mode = os.environ.get("WANDB_MODE", "auto")
     if mode not in ("auto", "online"):
         return mode
+    wandb.setup(wandb.Settings(silent=True))
     if wandb.login(prompt=False, verify=False):
         return "online"
     if mode == "online":

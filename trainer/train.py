@@ -62,6 +62,16 @@ def run(config: Any) -> None:
         train(config, world, resources)
 
 
+def begin(state: RunState, init_from: Any) -> None:
+    """Go on from the run's newest checkpoint; without one, from the weights of `init_from`, or from nothing."""
+    if state.restore() or init_from is None:
+        return
+    source = {"path": init_from} if isinstance(init_from, str) else init_from
+    for report in InitFrom(**source).apply(state.engine):
+        log.info("%s", report)
+    state.ema.attach(state.engine)
+
+
 def train(config: Any, world: World, resources: ExitStack) -> None:
     """The run of this config, as one of the world's ranks. What must be closed in any case goes to `resources`."""
     directory = RunDirectory(config.runs, config.name)
@@ -103,11 +113,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
         plain,
         data.replan,
     )
-    if not state.restore() and config.init_from is not None:
-        source = {"path": config.init_from} if isinstance(config.init_from, str) else config.init_from
-        for report in InitFrom(**source).apply(engine):
-            log.info("%s", report)
-        ema.attach(engine)
+    begin(state, config.init_from)
     if world.is_main:
         directory.write_config(plain)
         directory.rewind(state.step)

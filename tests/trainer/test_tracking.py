@@ -44,10 +44,10 @@ def take(tracker, *steps):
 """
 
 
-def python(code: str, folder: Path, status: int = 0) -> str:
+def python(code: str, folder: Path, status: int = 0, **variables: str) -> str:
     """Run code as a user does who never heard of W&B, at a terminal where it could ask; everything it wrote."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k != "NETRC"}
-    environment |= {"HOME": str(folder), "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"HOME": str(folder), "PYTHONPATH": str(REPOSITORY), **variables}
     ours, theirs = pty.openpty()
     try:
         process = subprocess.Popen(
@@ -105,6 +105,15 @@ def test_wandb_keeps_every_row_of_a_run_that_went_back_and_was_resumed_and_asks_
 def test_online_without_a_login_is_refused_and_not_asked_for(tmp_path):
     output = python("tracker(0, 'online')", tmp_path, status=1)
     assert "ValueError: W&B's mode is online, and this machine is not logged in" in output
+
+
+@pytest.mark.timeout(120)
+def test_a_logged_in_machine_that_cannot_reach_wandb_writes_offline(tmp_path):
+    nobody = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    output = python("with tracker(0) as t: take(t, 1)", tmp_path, **nobody)
+    assert "W&B does not answer" in output
+    assert [one["history"]["item"]["loss"] for one in records(tmp_path)[-1] if one["type"] == "history"] == [11]
+    assert "CommError" in python("tracker(0, 'online')", tmp_path, status=1, **nobody)
 
 
 @pytest.mark.timeout(120)
