@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def python(code: str, folder: Path, status: int = 0, **variables: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k != "NETRC"}
     environment |= {"HOME": str(folder), "PYTHONPATH": str(REPOSITORY), **variables}
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))  # a bar of no width could hide what is glued to it
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", PRELUDE + code, str(folder)],
