@@ -74,10 +74,15 @@ def _parsable(override: str) -> str:
 def _check_choices(job: str, overrides: list[str]) -> None:
     """Whether the choices of groups are among those that `describe` lists."""
     groups = _groups(job)
-    for override in OverridesParser.create().parse_overrides(overrides):
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:  # the value is text by now, so it is the key
+        raise ConfigError(f"An override does not parse: {_first_line(error)}.") from error
+    for override in parsed:
         group, value = override.key_or_group, override.value()
-        options = groups.get(group, [])
+        options = [] if override.is_delete() else groups.get(group, [])
         for choice in value if isinstance(value, list) else [value]:
+            choice = "null" if choice is None else choice
             if options and isinstance(choice, str) and choice not in options:
                 raise ConfigError(
                     f"Group {group!r} has no choice {choice!r}{_nearest(choice, options)}; it has {', '.join(options)}."

@@ -95,6 +95,9 @@ class MMDiT(nn.Module):
             "position_offset": position_offset,
             "position_scale": position_scale,
         }
+        for name, value in self.config.items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         self.patch_size, self.in_channels, self.out_channels = patch_size, in_channels, out_channels or in_channels
 
         self.patch_embedding = PatchEmbedding(in_channels, width, patch_size)

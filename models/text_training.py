@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from models.text import T5Encoder, TextConditioner, without_bars
 
@@ -45,12 +46,12 @@ class CaptionConditioner(TextConditioner):
     def __init__(
         self,
         folder: str,
-        length: int = 32,
-        vocab_size: int = 512,
-        width: int = 128,
-        layers: int = 2,
-        heads: int = 4,
-        steps: int = 400,
+        length: PositiveInt = 32,
+        vocab_size: PositiveInt = 512,
+        width: PositiveInt = 128,
+        layers: PositiveInt = 2,
+        heads: PositiveInt = 4,
+        steps: PositiveInt = 400,
         seed: int = 0,
         captions: Callable[[], Iterable[str]] | None = None,
     ):

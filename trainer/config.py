@@ -21,6 +21,7 @@ from trainer.checkpoint import CheckpointPolicy
 from trainer.distributed import Cluster
 from trainer.ema import Ema
 from trainer.engines.base import EngineConfig
+from trainer.engines.networks import check_frozen
 from trainer.engines.optimizer import AdamW
 from trainer.init_from import InitFrom
 from trainer.networks import check_networks
@@ -115,6 +116,8 @@ def preflight(config: Any, ranks: int) -> None:
             build_by_phase(config[part], objective.phases, part)
         _check_division(config, objective, ranks)
         check_networks(config, objective)
+        trainable = [name for phase in objective.phases for name in phase.trainable]
+        check_frozen(config.engine.shard_frozen, objective.networks, trainable)
         lengths = build(config.ema).lengths
     except ConfigError:
         raise

@@ -56,6 +56,8 @@ class DeepSpeed:
                 f"engine.stage={self.stage}: ZeRO's stages are 1, 2 and 3; to shard nothing, "
                 "take engine=hsdp with engine.replicas set to the number of ranks"
             )
+        if self.bucket_elements < 1:
+            raise ValueError(f"engine.bucket_elements={self.bucket_elements}: it must be at least 1")
         if self.stage == 3 and self.compile:
             raise ValueError(
                 "engine.compile=true does not go with ZeRO-3, whose hooks run within blocks: use engine=fsdp"

@@ -41,6 +41,9 @@ class Diffusion(Objective):
     ):
         if validation_times < 1:
             raise ValueError(f"objective.validation_times is {validation_times}; it must be at least 1")
+        rates = caption_dropout if isinstance(caption_dropout, list) else [caption_dropout]
+        if not all(0 <= rate <= 1 for rate in rates):
+            raise ValueError(f"objective.caption_dropout is {caption_dropout}; it takes probabilities, from 0 to 1")
         self.process, self.sampler, self.guidance = process, sampler, guidance
         self.caption_dropout, self.validation_times = caption_dropout, validation_times
 
