@@ -1,0 +1,81 @@
+"""Models of transformers for filters: from a folder or the Hugging Face hub, safetensors only."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+
+from models.text import without_bars
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_CHUNK = 1 << 24
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model: as given, or where its files are once downloaded from the hub.
+
+    Raises:
+        ValueError: there is no such folder or model.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_FILES)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no model {model!r}: give a local folder, or a name on the Hugging Face hub that is reachable or "
+            f"already downloaded ({error})"
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a model's weights, configuration and vocabulary, of their contents alone: not of where they lie."""
+    digest = xxhash.xxh3_128()
+    for path in sorted({path for pattern in _FILES for path in folder.glob(pattern)}):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_part(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
+    """What one of transformers' `from_pretrained` makes of the folder: a tokenizer, a processor, a configuration.
+
+    Raises:
+        ValueError: the folder lacks it.
+    """
+    try:
+        with without_bars():
+            return load(folder, **options)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+
+
+def load_model(kind: Any, folder: Path, dtype: Dtype, device: Device) -> Any:
+    """A frozen model with its weights, of one of transformers' auto classes. Pickled weights, which could run code, are
+    not read.
+
+    Raises:
+        ValueError: no safetensors, or they lack some of the model's weights.
+    """
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
+    model, told = load_part(kind.from_pretrained, folder, **options)
+    if missing := sorted(told["missing_keys"]):
+        # transformers would leave these at random.
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}"
+        )
+    return model.to(find_device(device)).eval().requires_grad_(False)
+
+
+def find_device(device: Device) -> torch.device:
+    """The device: for "auto" the GPU if there is one."""
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
