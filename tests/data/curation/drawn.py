@@ -15,7 +15,7 @@ def natural(seed: int, height: int = 240, width: int = 320) -> np.ndarray:
     shape = (4, *frequency.shape)
     planes = np.fft.irfft2((rng.normal(size=shape) + 1j * rng.normal(size=shape)) / frequency**1.2, s=(height, width))
     pixels = np.moveaxis(planes[:3] + planes[3], 0, -1)
-    return np.clip((pixels - pixels.mean()) / pixels.std() * 50 + 128, 0, 255).astype(np.uint8)
+    return np.clip((pixels - pixels.mean()) / pixels.std() * 50 + 128, 0, 255).astype(np.uint8, order="C")
 
 
 def encoded(pixels: np.ndarray, quality: int | None = None) -> bytes:
