@@ -88,7 +88,7 @@ def _inputs(manifests: Sequence[Manifest], filters: Sequence[str], store: Store)
     """A hash of all that a global filter reads, from the hashes that the files' metadata hold."""
     digest = xxhash.xxh3_128()
     for manifest in manifests:
-        digest.update(json.dumps([manifest.shard, manifest.digest]).encode())
+        digest.update(manifest.digest.encode())
         for name in filters:
             scored = read_scored(manifest, name, store)
             digest.update(json.dumps([name, scored.content if scored else None]).encode())

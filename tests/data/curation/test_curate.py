@@ -1,15 +1,24 @@
 """The curate job over real tars, as users run it."""
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from shard_files import picture, write_tar
 
+from data.curate import Settings, curate
+from data.curation.sharpness import Sharpness
+from data.decode import decode_image
 from data.index import ensure_indexed
-from data.scores import score_url
+from data.scores import read_scored, score_url
 from data.selection import select
 from data.store import Store
 
@@ -68,3 +77,103 @@ def test_the_job_scores_skips_what_is_done_and_redoes_what_changed(tmp_path):
     kept = [i for i, value in enumerate(values) if value is not None and value > sorted(filter(None, values))[3]]
     selection = select(manifests, store, "sharpness > quantile(0.25)", cache_folder=str(tmp_path / "cache"))
     assert [shard * 10 + row for shard, row in selection.locate(np.arange(len(selection)))] == kept
+
+
+@pytest.mark.slow
+def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    """Whole process groups are killed: the job and its tasks."""
+    names = ("sharpness", "perceptual_hash", "content_hash", "duplicates")
+    command = ["max_errors=0.2", "filter=[sharpness,duplicates]", "cluster.tasks=2"]
+    write_shards(tmp_path / "undisturbed", 40, 25)
+    store = Store()
+    ensure_indexed(store.expand(str(tmp_path / "undisturbed")), store)
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "killed")
+    assert job(f"shards={tmp_path}/undisturbed", *command).returncode == 0
+    rng, folder, kills = np.random.default_rng(0), tmp_path / "killed", 0
+    deadline = time.monotonic() + 240
+    for count in (1, 30, 75, 115):  # score files there are when it is killed, and then some
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tools.cli", "curate", f"shards={folder}", *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None and sum(len(scores_of(folder, n)) for n in names) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.02))
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for path in folder.glob("[!.]*.parquet"):
+            pq.read_table(path)  # whole
+    assert kills >= 3
+    assert job(f"shards={folder}", *command).returncode == 0
+    for name in names:
+        assert scores_of(folder, name) == scores_of(tmp_path / "undisturbed", name)
+        assert len(scores_of(folder, name)) == 40
+    assert {p.suffix for p in folder.iterdir()} == {".tar", ".parquet"}
+
+
+def test_a_single_task_scores_its_own_shards_and_a_last_run_the_rest(tmp_path):
+    write_shards(tmp_path, 4, 5)
+    command = [f"shards={tmp_path}", "max_errors=0.2", "filter=duplicates"]
+    assert job(*command, "cluster.tasks=3", "cluster.task=0").returncode == 0
+    assert list(scores_of(tmp_path, "content_hash")) == ["00000.content_hash.parquet", "00003.content_hash.parquet"]
+    assert not scores_of(tmp_path, "duplicates")
+    done = job(*command)
+    assert len(scores_of(tmp_path, "duplicates")) == 4, done.stderr
+
+
+@pytest.mark.parametrize("damaged", [1, 3])
+def test_errors_are_listed_and_too_many_stop_the_job(tmp_path, damaged):
+    pictures = [(f"{i:02d}.jpg", picture(40, 30, seed=i)) for i in range(20)]
+    for i in range(damaged):
+        name, data = pictures[5 * i]
+        pictures[5 * i] = name, data[: len(data) // 2]
+    write_tar(tmp_path / "a.tar", pictures)
+    done = job(f"shards={tmp_path}", "filter=sharpness")
+    if damaged == 3:
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()[-1:]) == 1
+        for words in ("'sharpness' failed on 3 of the 20", "a.tar", "max_errors=0.1", "undecodable picture", "'00'"):
+            assert words in done.stderr
+        assert not scores_of(tmp_path)
+        return
+    assert done.returncode == 0, done.stderr
+    assert "sharpness: 1 of 1 shards scored, 1 errors" in done.stdout and "undecodable picture (1)" in done.stdout
+    store = Store()
+    (manifest,) = ensure_indexed(store.expand(str(tmp_path)), store)
+    scored = read_scored(manifest, "sharpness", store)
+    assert scored.error_counts == (("undecodable picture", 1),)
+    assert [(e.row, e.key) for e in scored.errors] == [(0, "00")]
+    assert "cannot decode" in scored.errors[0].detail
+    values = pq.read_table(score_url(manifest.url, "sharpness"))["sharpness"].to_pylist()
+    assert values[0] is None and None not in values[1:]
+
+
+class Reader(Sharpness):
+    """Sharpness of another name, that keeps what it was shown."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.columns, self.seen = name, pa.schema({name: pa.float32()}), []
+
+    def score(self, samples):
+        self.seen += samples
+        return [{self.name: row["sharpness"]} for row in super().score(samples)]
+
+
+def test_all_filters_of_a_pass_see_the_same_samples_decoded_once(tmp_path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("data.curation.base.decode_image", lambda *a, **k: decoded.append(1) or decode_image(*a, **k))
+    write_shards(tmp_path, 2, 10)
+    store = Store()
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    one, two = Reader("one"), Reader("two")
+    curate(manifests, [one, two], store, Settings(batch=4, max_errors=0.2))
+    assert [id(s) for s in one.seen] == [id(s) for s in two.seen] and len(decoded) == len(one.seen) == 16
+    with pytest.raises(ValueError, match="two filters write the column 'one'"):
+        again = Reader("three")
+        again.columns = one.columns
+        curate(manifests, [one, again], store)
