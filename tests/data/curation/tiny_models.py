@@ -1,6 +1,5 @@
 """Models of transformers' real classes, tiny and of random weights, in folders, for tests without a network."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -63,6 +62,7 @@ def save_blip(folder: Path) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *sorted({w for t in _TEXT for w in t.split()})]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = BertTokenizer(vocab=vocabulary)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[DEC]"]})
     text = {
         **_WORDS,
         "vocab_size": len(words),
@@ -110,10 +110,12 @@ def save_llava(folder: Path) -> Path:
         "initializer_range": 1.0,
     }
     vision = {**_VISION, "model_type": "clip_vision_model", "initializer_range": 0.5}
-    torch.manual_seed(3)
+    torch.manual_seed(5)
     ids = {"image_token_id": vocabulary["<image>"], "pad_token_id": 0}
     config = LlavaConfig(text_config={**text, "bos_token_id": 1, "eos_token_id": 2}, vision_config=vision, **ids)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
+    model.lm_head.weight.data[: len(specials)] = 0  # words are likelier than special tokens
+    model.save_pretrained(folder)
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     template = (
         "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}"
@@ -128,6 +130,35 @@ def save_llava(folder: Path) -> Path:
     return folder
 
 
+def save_vit_gpt2(folder: Path) -> Path:
+    """A ViT and a GPT-2 that looks at it, without a processor for both."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        GPT2Config,
+        PreTrainedTokenizerFast,
+        VisionEncoderDecoderConfig,
+        VisionEncoderDecoderModel,
+        ViTConfig,
+        ViTImageProcessorPil,
+    )
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted({w for t in _TEXT for w in t.split()})]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=plain, **names).save_pretrained(folder)
+    text = GPT2Config(
+        vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=2,
+        initializer_range=1.0,
+    )  # fmt: skip
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**_VISION), text)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    torch.manual_seed(4)
+    VisionEncoderDecoderModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
 def drop_weight(folder: Path, name: str) -> None:
     """Take one tensor out of a folder's weights."""
     from safetensors.torch import load_file, save_file
@@ -135,9 +166,3 @@ def drop_weight(folder: Path, name: str) -> None:
     state = load_file(folder / "model.safetensors")
     del state[name]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def set_config(folder: Path, **values) -> None:
-    """Change a folder's configuration."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
