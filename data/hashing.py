@@ -10,6 +10,7 @@ import xxhash
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_FEISTEL_ROUNDS = 8  # four suffice for long numbers, short ones want more
 
 
 @overload
@@ -34,6 +35,33 @@ def mix64(*parts: int | np.ndarray) -> np.ndarray | int:
 def text64(text: str, seed: int = 0) -> int:
     """64-bit xxHash of a string's UTF-8 bytes: turns keys and purposes into integers for `mix64`."""
     return xxhash.xxh64_intdigest(text.encode(), seed=seed)
+
+
+def permute(index: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Where a pseudo-random permutation of 0 .. count - 1 takes some indices, in no more memory than they.
+
+    A balanced Feistel network (Luby and Rackoff 1988) of `mix64` permutes the numbers of the smallest even number of
+    bits; what it takes beyond `count` it takes on until it is within (cycle walking, Black and Rogaway 2002).
+
+    Args:
+        index: (n,) integers in [0, count).
+        count: size of what is permuted.
+        seed: of the permutation.
+
+    Returns:
+        (n,) int64.
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    values = index.astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = values[outside] >> half, values[outside] & mask
+        for turn in range(_FEISTEL_ROUNDS):
+            left, right = right, left ^ (_as_u64(mix64(seed, turn, right)) & mask)
+        values[outside] = left << half | right
+        outside = outside[values[outside] >= np.uint64(count)]
+    return values.astype(np.int64)
 
 
 def _finalize(z: int) -> int:

@@ -5,7 +5,6 @@ quarantine, and another member of the same slice takes its place, chosen by a ha
 the same. What goes wrong with the *store* is an error that stops the run: it must not change what is trained on.
 """
 
-import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,22 +20,17 @@ from data.buckets import Buckets
 from data.decode import MAX_PIXELS, WHITE, Color, DecodeError, decode_image
 from data.draws import Draws, slice_draws
 from data.hashing import mix64, text64
-from data.manifest import checksum_of
 from data.manifest_reader import ManifestReader
 from data.media_size import media_member
+from data.members import ContentError, check_member
 from data.records import QuarantineLine
 from data.selection import Selection
 from data.store import Store, protocol_of, redact
-from data.tar_index import split_name
+from data.tar_index import BLOCK
 from data.transforms import Framing, draw_framings, frame
 
 _REPLACE = text64("reader/replace")
-_CHECKSUMS = {16: "xxh128", 32: "sha256"}  # by length in bytes
 _MEMBER_COLUMNS = ("key", "extensions", "offsets", "sizes", "checksums")
-
-
-class ContentError(ValueError):
-    """A sample that cannot be used, through no fault of the store."""
 
 
 class BadSliceError(RuntimeError):
@@ -243,14 +237,10 @@ class SliceReader(Dataset[Delivery]):
             raise ContentError(f"no picture among its members ({', '.join(row.extensions)})")
         member = chosen[0]
         offset, size = row.offsets[member], row.sizes[member]
-        block = self.store.read(row.shard, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
-        header, data = block[: tarfile.BLOCKSIZE], block[tarfile.BLOCKSIZE :]
-        if not _header_fits(header, row.key, row.extensions[member], size):
-            raise ContentError(f"its .{row.extensions[member]} is no longer at byte {offset}: the tar changed")
-        if row.checksums is not None:
-            expected = row.checksums[member]
-            if checksum_of(data, _CHECKSUMS[len(expected)]) != expected:
-                raise ContentError(f"its .{row.extensions[member]} has another checksum than when it was indexed")
+        block = self.store.read(row.shard, offset - BLOCK, BLOCK + size)
+        header, data = block[:BLOCK], block[BLOCK:]
+        checksum = row.checksums[member] if row.checksums is not None else None
+        check_member(header, data, row.key, row.extensions[member], offset, checksum)
         return data
 
     def _expect(self, outcome: _Framed | ContentError, row: _Row) -> _Framed:
@@ -269,20 +259,6 @@ class SliceReader(Dataset[Delivery]):
             f" {self.sources[planned.source].name!r} can be used, so nothing can replace them ({examples}):"
             " leave such rows out with the source's `where`, index the shards again, or use fewer lanes"
         )
-
-
-def _header_fits(header: bytes, key: str, extension: str, size: int) -> bool:
-    """Whether a tar header is that of the member. One whose true name or size stands in an extension header before it
-    (longer than 100 bytes, or not ASCII) is only held against what it can tell."""
-    try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    if not info.isreg() or info.size != size:
-        return False
-    if len(key) + len(extension) >= tarfile.LENGTH_NAME - 1 or not key.isascii() or not extension.isascii():
-        return True
-    return split_name(info.name) == (key, extension)
 
 
 def _draw_captions(draws: Draws, weights: dict[str, float], rows: list[_Row]) -> list[str]:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -255,6 +256,39 @@ class Store:
         fs, path = self._filesystem(url)
         self._retry(url, lambda: self._call(fs, "pipe_file", path, content))
 
+    @contextmanager
+    def composing(self, url: str) -> Iterator[Path]:
+        """A local file to write, which goes to the URL, atomically, when the block ends without an error.
+
+        Raises:
+            StoreError: the store refuses or does not answer, the disk is full ...
+        """
+        local = protocol_of(url) == "file"
+        try:
+            if local:
+                path = _temporary(local_path(url))
+                path.parent.mkdir(parents=True, exist_ok=True)
+            else:
+                handle, name = tempfile.mkstemp(prefix="millrace-")
+                os.close(handle)
+                path = Path(name)
+        except OSError as error:
+            raise _store_error(url, error) from error
+        try:
+            yield path
+            if local:
+                _publish(path, local_path(url))
+                return
+            fs, target = self._filesystem(url)
+            limit = self.timeout * max(1, path.stat().st_size / LARGEST_READ)
+            self._retry(url, lambda: self._call(fs, "put_file", str(path), target, timeout=limit))
+        except StoreError:
+            raise
+        except OSError as error:
+            raise _store_error(url, error) from error
+        finally:
+            path.unlink(missing_ok=True)
+
     def writable(self, url: str) -> bool:
         """Whether files can be put beside this one. Object stores are taken to be; the web is not."""
         protocol = protocol_of(url)
@@ -447,13 +481,10 @@ def cache_root(folder: str | Path | None = None) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file by way of a temporary one beside it and a rename; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{threading.get_ident()}")
+    temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.write_bytes(content)
+        _publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -477,6 +508,18 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
+
+
+def _temporary(path: Path) -> Path:
+    """The file beside it that becomes it when it is whole."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{threading.get_ident()}")
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Put a whole file, on the disk before its name is."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _expand_braces(pattern: str) -> list[str]:

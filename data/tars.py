@@ -136,6 +136,19 @@ class TarData:
             self._manifests[name] = found
         return self._manifests[name]
 
+    def select(self, name: str, split: Split | None) -> Selection:
+        """The samples of a source that its `where` keeps, of one split, or of both if None.
+
+        Raises:
+            ValueError: as `open`; names the source.
+        """
+        source, holdout = self.sources[name], self.holdout if split is not None else 0.0
+        try:
+            manifests = self.manifests(name)
+            return select(manifests, self.store, source.where, holdout, split or "train", self.cache_folder)
+        except ValueError as error:
+            raise ValueError(f"source {name!r}: {error}") from error
+
     def open(self, buckets: Buckets, split: Split = "train") -> "TarSplit":
         """Select and compile one split of all sources. All ranks may do so at once.
 
@@ -144,11 +157,8 @@ class TarData:
             StoreError: a store fails.
         """
         selections, compiled = {}, {}
-        for name, source in self.sources.items():
-            try:
-                chosen = select(self.manifests(name), self.store, source.where, self.holdout, split, self.cache_folder)
-            except ValueError as error:
-                raise ValueError(f"source {name!r}: {error}") from error
+        for name in self.sources:
+            chosen = self.select(name, split)
             selections[name] = chosen
             compiled[name] = compile_sizes(
                 _sizes(chosen), len(chosen), buckets, cache_root(self.cache_folder), chosen.fingerprint, self.block

@@ -20,7 +20,7 @@ from data.index import ensure_indexed
 from data.manifest_reader import ManifestReader
 from data.scores import write_scores
 from data.selection import select
-from data.store import RangedFile, Store, StoreError, redact
+from data.store import RangedFile, Store, StoreError, redact, remove_leftovers
 
 CONTENT = bytes(range(256)) * 64
 
@@ -310,3 +310,33 @@ def test_reading_on_within_a_block_asks_once():
     assert asked == [(0, 1000)]
     file.pread(5000, 100)
     assert asked == [(0, 1000), (5000, 1000)]
+
+
+def test_a_composed_file_appears_whole_or_not_at_all(s3, tmp_path):
+    options, client = s3
+    store = Store(options)
+    for url in (str(tmp_path / "new" / "a.tar"), "s3://bucket/composed/a.tar"):
+        with pytest.raises(ZeroDivisionError), store.composing(url) as path:
+            path.write_bytes(b"half")
+            raise ZeroDivisionError
+        assert not path.exists() and not store.exists(url)
+        with store.composing(url) as path:
+            path.write_bytes(b"whole")
+            assert not store.exists(url)
+        assert not path.exists() and store.read_all(url) == b"whole"
+
+
+def test_leftovers_of_dead_processes_are_removed_and_no_others(tmp_path):
+    code = (
+        "import os, sys; from data.store import Store;"
+        "c = Store().composing(sys.argv[1]); c.__enter__().write_bytes(b'half'); os.kill(os.getpid(), 9)"
+    )
+    target = str(tmp_path / "a.tar")
+    subprocess.run([sys.executable, "-P", "-c", code, target], check=False)
+    (tmp_path / ".hidden.tar").touch()
+    with Store().composing(target) as path:
+        path.write_bytes(b"whole")
+        assert len(list(tmp_path.iterdir())) == 3
+        remove_leftovers(str(tmp_path))
+        assert sorted(tmp_path.iterdir()) == sorted([path, tmp_path / ".hidden.tar"])
+    assert (tmp_path / "a.tar").read_bytes() == b"whole"
