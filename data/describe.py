@@ -166,12 +166,17 @@ def _is_side(value: Any) -> bool:
     return isinstance(value, int) and 0 < value < 1 << 31
 
 
+def standard_name(field: str) -> str:
+    """The manifest's name of a JSON field, whatever its spelling."""
+    lower = field.lower()
+    return _UPPER_ALIASES.get(field) or _ALIASES.get(lower, lower)
+
+
 def _standard_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """The fields of a sample's JSON under their standard names; the first of several spellings that is set wins."""
     fields: dict[str, Any] = {}
     for name, value in raw.items():
-        lower = name.lower()
-        standard = _UPPER_ALIASES.get(name) or _ALIASES.get(lower, lower)
+        standard = standard_name(name)
         if standard in _LEFT_OUT or value is None:
             continue
         if (standard in STRUCTURE and standard not in ("caption", "width", "height")) or standard == "checksums":

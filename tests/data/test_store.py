@@ -313,7 +313,7 @@ def test_reading_on_within_a_block_asks_once():
 
 
 def test_a_composed_file_appears_whole_or_not_at_all(s3, tmp_path):
-    options, client = s3
+    options, _ = s3
     store = Store(options)
     for url in (str(tmp_path / "new" / "a.tar"), "s3://bucket/composed/a.tar"):
         with pytest.raises(ZeroDivisionError), store.composing(url) as path:

@@ -1,0 +1,367 @@
+"""The `pack` job: the selected samples of some sources as fresh, balanced tars.
+
+A shard is finished or not there; a job that was stopped, at any moment, goes on where it was, and the same selection
+gives the same bytes however often it was stopped and however many tasks share the work.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import pyarrow as pa
+import xxhash
+
+from conf.errors import ConfigError
+from data.manifest import Checksum, open_parquet
+from data.manifest_reader import ManifestReader
+from data.members import ContentError
+from data.packing.order import Order, make_order
+from data.packing.pictures import Format, Pictures
+from data.packing.samples import Contents, Row, check_columns, fetch, pack
+from data.packing.shards import Report, read_report, write_shard
+from data.scores import open_scores, read_scored, score_names
+from data.selection import Selection
+from data.store import Store, StoreError, protocol_of, redact, remove_leftovers
+from data.tars import TarData
+from data.tasks import Task, Tasks, run_tasks
+
+VERSION = 1
+RECORD = "pack.json"
+_MEMBERS = ("key", "extensions", "offsets", "sizes", "width", "height")
+_FIELDS = {"caption", "url", "original_width", "original_height"}  # for the table, where samples have them
+_REPORT_LINES = 20
+
+
+@dataclass
+class Config:
+    """What `millrace pack` takes.
+
+    Args:
+        out: folder or URL that the shards go to.
+        data: sources and where they lie; what is about drawing samples (weights, crops, workers ...) does not matter.
+        split: of the samples, by `data.holdout`; "all" takes both.
+        shuffle: whether samples are put in a random order, over all shards and sources.
+        seed: of that order.
+        samples_per_shard: at most; shards differ by one at most.
+        bytes_per_shard: balance by bytes instead, about this many.
+        short_side: see `Pictures`, as are the next three.
+        format: of pictures.
+        quality: of pictures.
+        verify: decode pictures that are copied.
+        columns: of manifests and score files that go into the samples' `.json`.
+        max_errors: share of a shard's samples that may be left out because they cannot be read.
+        cluster: tasks that share the shards.
+    """
+
+    out: str
+    data: Any
+    split: Literal["train", "validation", "all"] = "train"
+    shuffle: bool = True
+    seed: int = 0
+    samples_per_shard: int = 10_000
+    bytes_per_shard: int | None = None
+    short_side: int | None = None
+    format: Format | None = None
+    quality: int = 95
+    verify: bool = True
+    columns: list[str] = field(default_factory=list)
+    max_errors: float = 0.1
+    cluster: Tasks = field(default_factory=Tasks)
+
+
+def run(config: Config) -> None:
+    """Pack the selection, then print what was written and what was left out.
+
+    Raises:
+        ConfigError: nothing selected, a column that is nowhere, another pack in the folder, too many errors ...
+    """
+    from conf.schema import build
+
+    started = time.perf_counter()
+    try:
+        if not 0 <= config.max_errors <= 1:
+            raise ValueError(f"max_errors={config.max_errors} must be from 0 to 1")
+        tasks = Tasks(**config.cluster)  # type: ignore[arg-type]
+        data: TarData = build(config.data)
+        pictures = Pictures(config.short_side, config.format, config.quality, config.verify, data.max_pixels)
+        job = prepare(config, data, pictures)
+        reports = job.run(tasks)
+    except (StoreError, ValueError, ChildProcessError) as error:
+        raise ConfigError(str(error)) from error
+    print(summary(reports, job, time.perf_counter() - started))
+
+
+@dataclass(frozen=True)
+class PackSource:
+    """A source to be packed: its selected samples, and what they are to hold."""
+
+    name: str
+    selection: Selection
+    contents: Contents
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a task needs to know; picklable.
+
+    Args:
+        out: where shards go.
+        store: of the sources and of `out`.
+        sources: in order.
+        order: of their samples.
+        types: of the columns in the tables beyond the usual ones.
+        checksum: of the packed members' manifests; samples are held against their own in any case.
+        max_errors: share of a shard's samples.
+        concurrency: requests that a task has under way at a remote store.
+    """
+
+    out: str
+    store: Store
+    sources: tuple[PackSource, ...]
+    order: Order
+    types: dict[str, pa.DataType]
+    checksum: Checksum | None
+    max_errors: float
+    concurrency: int
+
+    def tar(self, shard: int) -> str:
+        """URL of an output shard."""
+        digits = max(5, len(str(self.order.shards - 1)))
+        return f"{self.out.rstrip('/')}/{shard:0{digits}d}.tar"
+
+    def run(self, tasks: Tasks) -> list[Report]:
+        """Write the shards of the tasks that run here, but for those that are finished; their reports, by shard.
+
+        When all shards are finished, `sizes.json` (open_clip, datacomp) tells how many samples each of them has.
+        """
+        remove_leftovers(self.out)
+        sizes = self.order.sizes()
+        totals = [sum(sizes[i :: tasks.tasks]) for i in range(tasks.tasks)]
+        shared = run_tasks(partial(_work, self), tasks, totals, "pack")
+        reports = sorted((report for reports in shared for report in reports), key=lambda report: report.name)
+        if tasks.task is None:
+            everything: list[Report | None] = list(reports)
+        else:  # other tasks may have finished theirs; the last of all to get here finds them so
+            everything = [read_report(self.tar(shard), self.store) for shard in range(self.order.shards)]
+        counts = {report.name: report.samples for report in everything if report is not None}
+        if len(counts) == self.order.shards:
+            self._write_sizes(json.dumps(counts, indent=4).encode())
+        remove_leftovers(self.out)  # once more: a task may outlive a job that is killed by a moment
+        return reports
+
+    def _write_sizes(self, content: bytes) -> None:
+        url = f"{self.out.rstrip('/')}/sizes.json"
+        if not self.store.exists(url) or self.store.read_all(url) != content:
+            self.store.write(url, content)
+
+    def rows(self, shard: int) -> list[Row]:
+        """The samples of an output shard, in order."""
+        positions = self.order.positions(shard)
+        of_source, within = self.order.locate(positions)
+        found: list[Row | None] = [None] * len(positions)
+        for i, source in enumerate(self.sources):
+            slots = (of_source == i).nonzero()[0]
+            by_shard: dict[int, tuple[list[int], list[int]]] = {}
+            for slot, (place, row) in zip(slots.tolist(), source.selection.locate(within[slots]), strict=True):
+                own_slots, own_rows = by_shard.setdefault(place, ([], []))
+                own_slots.append(slot)
+                own_rows.append(row)
+            reader = ManifestReader(self.store, source.selection.manifests, source.selection.digests)
+            columns = _columns(source.contents)
+            for place, (own_slots, own_rows) in sorted(by_shard.items()):
+                values = reader.rows(place, own_rows, [*_MEMBERS, "checksums", *columns])
+                for j, slot in enumerate(own_slots):
+                    key = values["key"][j]
+                    sums = values["checksums"][j] or [None] * len(values["extensions"][j])
+                    members = zip(values["extensions"][j], values["offsets"][j], values["sizes"][j], sums, strict=True)
+                    found[slot] = Row(
+                        source=source.name,
+                        shard=source.selection.shards[place],
+                        key=key,
+                        new_key=self.order.new_key(key, int(positions[slot])),
+                        members=list(members),
+                        size=(values["height"][j], values["width"][j]),
+                        values={name: values[name][j] for name in columns},
+                    )
+        return [row for row in found if row is not None]
+
+
+def prepare(config: Config, data: TarData, pictures: Pictures) -> Job:
+    """Select the samples and put them in order, and see to it that the folder is this pack's.
+
+    Raises:
+        ValueError: nothing selected, a column that is nowhere, or another pack in the folder.
+        StoreError: a store fails.
+    """
+    columns = tuple(column.lower() for column in config.columns)
+    check_columns(columns)
+    split = None if config.split == "all" else config.split
+    sources = []
+    for name, source in data.sources.items():
+        red, green, blue = source.background
+        contents = Contents(tuple(source.captions), columns, pictures, (red, green, blue))
+        sources.append(PackSource(name, data.select(name, split), contents))
+    order = make_order(
+        [source.selection for source in sources],
+        data.store,
+        config.seed if config.shuffle else None,
+        config.samples_per_shard,
+        config.bytes_per_shard,
+        data.cache_folder,
+    )
+    types, scores = _find_columns(data, columns)
+    job = Job(
+        out=config.out,
+        store=data.store,
+        sources=tuple(sources),
+        order=order,
+        types=types,
+        checksum=data.checksum,
+        max_errors=config.max_errors,
+        concurrency=data.concurrency,
+    )
+    record = {
+        "version": VERSION,
+        "split": config.split,
+        "holdout": data.holdout,
+        "sources": {
+            source.name: {
+                "where": data.sources[source.name].where,
+                "selection": source.selection.fingerprint,
+                "samples": len(source.selection),
+                "captions": list(source.contents.captions),
+                "background": list(source.contents.background),
+            }
+            for source in sources
+        },
+        "order": order.fingerprint,
+        "seed": order.seed,
+        "shards": order.shards,
+        "pictures": asdict(pictures),
+        "columns": scores,
+        "checksum": data.checksum,
+    }
+    _claim(config.out, record, data.store)
+    return job
+
+
+def summary(reports: Sequence[Report], job: Job, seconds: float) -> str:
+    """What was written and what was left out, for people."""
+    samples, failed = sum(r.samples for r in reports), sum(r.failed for r in reports)
+    lines = [f"{redact(job.out)}: {len(reports)} of {job.order.shards} shards, {samples} samples, {seconds:.1f} s"]
+    if failed:
+        lines.append(
+            f"{failed} samples could not be read and were left out (status and error_message in the .parquet):"
+        )
+        errors = [error for report in reports for error in report.errors]
+        lines += [f"  {error}" for error in errors[:_REPORT_LINES]]
+        if failed > _REPORT_LINES:
+            lines.append(f"  and {failed - min(len(errors), _REPORT_LINES)} more")
+    return "\n".join(lines)
+
+
+def _work(job: Job, task: Task) -> list[Report]:
+    """One task's shards."""
+    sizes, reports = job.order.sizes(), []
+    for shard in task.own(range(job.order.shards)):
+        tar = job.tar(shard)
+        report = read_report(tar, job.store)
+        if report is not None:
+            task.skip(sizes[shard], report.failed)
+        else:
+            report = write_shard(
+                tar, _packed(job, shard, task), job.store, job.types, job.checksum, job.max_errors * sizes[shard]
+            )
+        reports.append(report)
+    return reports
+
+
+def _packed(job: Job, shard: int, task: Task) -> Iterator[Any]:
+    contents = {source.name: source.contents for source in job.sources}
+    for row, fetched in _fetched(job.rows(shard), job.store, job.concurrency):
+        packed = pack(row, fetched, contents[row.source])
+        task.advance(1, int(packed.status != "success"))
+        yield packed
+
+
+def _fetched(
+    rows: Sequence[Row], store: Store, concurrency: int
+) -> Iterator[tuple[Row, dict[str, bytes] | ContentError]]:
+    """Each sample's members, in order: one after the other from a local disk, else with requests in parallel."""
+    if all(protocol_of(row.shard) in ("file", "pipe") for row in rows):
+        for row in rows:
+            yield row, fetch(row, store)
+        return
+    under_way: deque[tuple[Row, Future]] = deque()
+    with ThreadPoolExecutor(concurrency) as pool:
+        for row in rows:
+            under_way.append((row, pool.submit(fetch, row, store)))
+            if len(under_way) > concurrency:
+                first, future = under_way.popleft()
+                yield first, future.result()
+        for first, future in under_way:
+            yield first, future.result()
+
+
+def _columns(contents: Contents) -> list[str]:
+    """Manifest and score columns that packing a source reads."""
+    return sorted(_FIELDS | {*contents.captions, *contents.columns})
+
+
+def _find_columns(data: TarData, columns: Sequence[str]) -> tuple[dict[str, pa.DataType], dict[str, str]]:
+    """Types of the columns, and a hash of the score files that each is from (manifests have fingerprints already)."""
+    kinds: dict[str, set[pa.DataType]] = {column: set() for column in columns}
+    origins = {column: xxhash.xxh3_128() for column in columns}
+    for name in data.sources if columns else ():
+        manifests = data.manifests(name)
+        filters = score_names(manifests[0].url, data.store)
+        missing = set(columns)
+        for manifest in manifests:
+            with open_parquet(manifest.url, data.store) as file:
+                own = {f.name: f.type for f in file.schema_arrow if f.name in kinds}
+            for column, kind in own.items():
+                kinds[column].add(kind)
+            missing -= own.keys()
+        for filter_name in filters if missing else ():
+            with open_scores(manifests[0], filter_name, data.store) as file:
+                scored = {f.name: f.type for f in file.schema_arrow if f.name in missing}
+            for column, kind in scored.items():
+                kinds[column].add(kind)
+                missing.discard(column)
+                for manifest in manifests:
+                    found = read_scored(manifest, filter_name, data.store)
+                    origins[column].update(found.content.encode() if found is not None else b"none")
+    nowhere = sorted(column for column, found in kinds.items() if not found)
+    if nowhere:
+        raise ValueError(f"columns: no manifest and no score file has a column {nowhere[0]!r}")
+    types = {column: _common(found) for column, found in kinds.items()}
+    return types, {column: origin.hexdigest() for column, origin in origins.items()}
+
+
+def _common(kinds: set[pa.DataType]) -> pa.DataType:
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds)
+    return pa.float64() if numbers else pa.string()
+
+
+def _claim(out: str, record: dict[str, Any], store: Store) -> None:
+    """Note in the folder what is packed there; refuse one that holds anything else."""
+    url = f"{out.rstrip('/')}/{RECORD}"
+    record = json.loads(json.dumps(record))
+    if not store.exists(url):
+        if store.glob(f"{out.rstrip('/')}/*.tar"):
+            raise ValueError(f"out={redact(out)} holds tars that no pack has written: choose another folder")
+        store.write(url, json.dumps(record, indent=4, ensure_ascii=False).encode())
+    found = json.loads(store.read_all(url))
+    if found != record:
+        differs = sorted(name for name in found.keys() | record.keys() if found.get(name) != record.get(name))
+        raise ValueError(
+            f"out={redact(out)} holds another pack ({', '.join(differs)} differ, see its {RECORD}): choose another"
+            " folder, or delete that one"
+        )
