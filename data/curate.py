@@ -11,14 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from conf.errors import ConfigError
+from data.clips import ensure_clips
 from data.curation.base import Failure, Filter, GlobalFilter, Kind, Media
 from data.curation.everywhere import score_everywhere
 from data.curation.media import read_media
+from data.curation.video import Stills, VideoFilter, combine, score_together
 from data.index import ensure_indexed
 from data.manifest import Manifest
 from data.scores import Recipe, Scored, ScoreError, as_json, read_scored, write_scores
@@ -34,6 +36,7 @@ class Config:
         shards: patterns (see `Store.expand`).
         filter: the filters, by any name; null leaves one out.
         cluster: tasks that share the shards.
+        manifest: what to score: "samples", or the "clips" that the filter `cuts` found in them.
         manifest_folder: where manifests and scores go; beside the shards if null.
         side: pixels; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as both sides are at least this.
         batch: samples that filters get at a time.
@@ -44,6 +47,7 @@ class Config:
     shards: str | list[str]
     filter: dict[str, Any]
     cluster: Tasks = field(default_factory=Tasks)
+    manifest: Literal["samples", "clips"] = "samples"
     manifest_folder: str | None = None
     side: int = 512
     batch: int = 64
@@ -82,6 +86,8 @@ def run(config: Config) -> None:
         filters = [build(node) for node in config.filter.values() if node is not None]
         store = build(config.store)
         manifests = ensure_indexed(store.expand(patterns), store, config.manifest_folder)
+        if config.manifest == "clips":
+            manifests = ensure_clips(manifests, store)
         scored = curate(manifests, filters, store, settings, tasks)
     except (StoreError, ValueError) as error:
         raise ConfigError(str(error)) from error
@@ -131,7 +137,7 @@ def curate(
 
 def recipe(one: Filter, settings: Settings) -> Recipe:
     """What makes a filter's scores what they are."""
-    seen = {"side": settings.side} if one.media == "image" else {}
+    seen = {"side": settings.side, "frames": "first, middle, last"} if one.media == "image" else {}
     return Recipe(one.version, as_json({**one.settings(), **seen}))
 
 
@@ -179,8 +185,8 @@ def _score_shard(manifest: Manifest, filters: Sequence[Filter], store: Store, se
     errors: dict[str, list[ScoreError]] = {f.name: [] for f in filters}
     row = failed = 0
     for samples in read_media(manifest, store, needs, kinds, settings.side, settings.batch):
-        for one in filters:
-            for i, outcome in enumerate(_score(one, samples)):
+        for one, outcomes in zip(filters, _score(filters, samples, settings.side), strict=True):
+            for i, outcome in enumerate(outcomes):
                 if isinstance(outcome, Failure):
                     errors[one.name].append(ScoreError(row + i, samples[i].key, outcome.reason, outcome.detail))
                 values = outcome if isinstance(outcome, Mapping) else {}
@@ -197,21 +203,62 @@ def _score_shard(manifest: Manifest, filters: Sequence[Filter], store: Store, se
         write_scores(manifest, one.name, table, store, recipe(one, settings), wrong)
 
 
-def _score(one: Filter, samples: Sequence[Media]) -> list[Mapping[str, Any] | Failure | None]:
-    """What the filter makes of each sample; None for those with other media than it looks at."""
-    outcomes: list[Mapping[str, Any] | Failure | None] = [None] * len(samples)
-    seen = []
+Outcome = Mapping[str, Any] | Failure | None
+
+
+def _score(filters: Sequence[Filter], samples: Sequence[Media], side: int) -> list[list[Outcome]]:
+    """What each filter makes of each sample; None for those with other media than it looks at."""
+    watching = [one for one in filters if isinstance(one, VideoFilter)]
+    pictured = any(one.media == "image" for one in filters)
+    watched: dict[int, list[Mapping[str, Any] | Failure]] = {}
+    frames: dict[int, list[Media] | Failure] = {}
     for i, sample in enumerate(samples):
-        if one.media == "none" or (one.media == "any" and sample.kind is not None):
-            seen.append(i)
-        elif sample.kind in one.kinds or sample.kind is None:
-            outcomes[i] = sample.failure()
-            if outcomes[i] is None:
-                seen.append(i)
-    scored = one.score([samples[i] for i in seen]) if seen else []
-    for i, outcome in zip(seen, scored, strict=True):
-        outcomes[i] = outcome
+        if sample.kind == "video" and (watching or pictured):
+            stills = Stills(side)
+            watched[i] = score_together(watching, sample, [stills] if pictured else [])
+            frames[i] = stills.media(sample)
+    outcomes: list[list[Outcome]] = []
+    for one in filters:
+        if isinstance(one, VideoFilter):
+            k = watching.index(one)
+            outcomes.append([watched[i][k] if i in watched else _no_media(sample) for i, sample in enumerate(samples)])
+        else:
+            outcomes.append(_score_at_once(one, samples, frames))
     return outcomes
+
+
+def _no_media(sample: Media) -> Failure | None:
+    return sample.failure() if sample.kind is None else None
+
+
+def _score_at_once(one: Filter, samples: Sequence[Media], frames: Mapping[int, list[Media] | Failure]) -> list[Outcome]:
+    """What a filter makes of each sample, all handed to it in one go; of clips it may be shown `frames` instead."""
+    outcomes: list[Outcome] = [None] * len(samples)
+    shown: list[Media] = []
+    parts: dict[int, slice] = {}
+    for i, sample in enumerate(samples):
+        seen = _seen(one, sample, frames.get(i))
+        if seen is None or isinstance(seen, Failure):
+            outcomes[i] = seen
+        else:
+            parts[i] = slice(len(shown), len(shown) + len(seen))
+            shown += seen
+    scored = one.score(shown) if shown else []
+    assert len(scored) == len(shown), f"the filter {one.name!r} scored {len(scored)} of {len(shown)} samples"
+    for i, part in parts.items():
+        outcomes[i] = combine(scored[part], one.columns.names)
+    return outcomes
+
+
+def _seen(one: Filter, sample: Media, frames: list[Media] | Failure | None) -> list[Media] | Failure | None:
+    """What a filter is shown of a sample; None for media that it does not look at."""
+    if one.media == "none" or (one.media == "any" and sample.kind is not None):
+        return [sample]
+    if one.media == "image" and sample.kind == "video":
+        return frames
+    if one.media == "video" and sample.kind == "image":
+        return None
+    return sample.failure() or [sample]
 
 
 def _too_many(one: Filter, manifest: Manifest, errors: Sequence[ScoreError], limit: float) -> str:

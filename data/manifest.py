@@ -102,13 +102,14 @@ def manifest_url(shard: str, store: Store, folder: str | None = None) -> str:
 def write(
     table: pa.Table,
     shard: str,
-    identity: Identity,
+    identity: Identity | str,
     problems: Sequence[Problem],
     store: Store,
     url: str,
     checksum: str | None = None,
+    made_from: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Write a shard's manifest, atomically."""
+    """Write a shard's manifest, atomically. `made_from` goes into its metadata."""
     sides = [
         np.max(c.to_numpy(zero_copy_only=False), initial=0)
         for c in (table["width"].fill_null(0), table["height"].fill_null(0))
@@ -126,7 +127,8 @@ def write(
         problem_counts=tuple(sorted(Counter(p.kind for p in problems).items())),
     )
     told = {k: v for k, v in asdict(manifest).items() if k not in ("shard", "url")}
-    store.write(url, to_parquet(table, {"version": VERSION, "shard": redact(shard).rpartition("/")[2], **told}))
+    name = redact(shard).rpartition("/")[2]
+    store.write(url, to_parquet(table, {"version": VERSION, "shard": name, "made_from": made_from, **told}))
     return manifest
 
 

@@ -40,10 +40,22 @@ class Media:
         kind: of its picture or clip; None if it has neither.
         data: the encoded picture or clip, b"" unless some filter of the pass looks at such media.
         side: pixels; see `image`.
+        span: of a clip, the frames [start, end) that are the sample; None: all.
+        picture: the decoded picture, where there is no encoded one: a frame of a clip.
     """
 
-    def __init__(self, key: str, row: Mapping[str, Any], kind: Kind | None, data: bytes, side: int) -> None:
-        self.key, self.row, self.kind, self.data, self.side = key, row, kind, data, side
+    def __init__(
+        self,
+        key: str,
+        row: Mapping[str, Any],
+        kind: Kind | None,
+        data: bytes,
+        side: int,
+        span: tuple[int, int] | None = None,
+        picture: np.ndarray | None = None,
+    ) -> None:
+        self.key, self.row, self.kind, self.data, self.side, self.span = key, row, kind, data, side, span
+        self._picture = picture
 
     @property
     def caption(self) -> str:
@@ -72,6 +84,8 @@ class Media:
 
     @cached_property
     def _decoded(self) -> np.ndarray | DecodeError:
+        if self._picture is not None:
+            return self._picture
         try:
             return decode_image(self.data, cover=(self.side, self.side)).pixels
         except DecodeError as error:
@@ -101,8 +115,9 @@ class Filter(_Columns):
     that waits for the first `score`, in the process that calls it.
 
     Attributes:
-        media: what it looks at: samples with other media get None. "any": pictures and clips, as encoded. "none": only
-            the manifest's columns.
+        media: what it looks at: samples with other media get None. "image": pictures, and of clips the first, middle
+            and last frame, from whose scores come the clip's (see `curation.video.combine`). "video": clips. "any":
+            pictures and clips, as encoded. "none": only the manifest's columns.
         needs: manifest columns that it reads from `Media.row`.
     """
 
@@ -114,7 +129,7 @@ class Filter(_Columns):
         """Media that it looks at."""
         if self.media == "none":
             return frozenset()
-        return frozenset(KINDS) if self.media == "any" else frozenset({self.media})
+        return frozenset({"video"}) if self.media == "video" else frozenset(KINDS)
 
     @abstractmethod
     def score(self, samples: Sequence[Media]) -> Sequence[Mapping[str, Any] | Failure]:

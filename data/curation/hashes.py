@@ -15,7 +15,8 @@ _ANCHORS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 
 
 class ContentHash(Filter):
-    """`content_hash`: XXH3 (128 bits) of the encoded picture or clip: equal for equal files."""
+    """`content_hash`: XXH3 (128 bits) of the encoded picture or clip: equal for equal files; for a part of a clip, of
+    the file and where in it the part lies."""
 
     name = "content_hash"
     media: ClassVar = "any"
@@ -25,7 +26,14 @@ class ContentHash(Filter):
         return {}
 
     def score(self, samples: Sequence[Media]) -> Sequence[Mapping[str, Any] | Failure]:
-        return [{"content_hash": xxhash.xxh3_128_digest(sample.data)} for sample in samples]
+        return [{"content_hash": _content(sample)} for sample in samples]
+
+
+def _content(sample: Media) -> bytes:
+    digest = xxhash.xxh3_128(sample.data)
+    if sample.span is not None:
+        digest.update(repr(sample.span).encode())
+    return digest.digest()
 
 
 class PerceptualHash(Filter):

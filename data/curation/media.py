@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
+from data.clips import is_clips
 from data.curation.base import Kind, Media
 from data.manifest import Manifest, open_parquet
 from data.media_size import media_member
@@ -37,7 +38,10 @@ def read_media(
     """
     with open_parquet(manifest.url, store) as file:
         own = [name for name in columns if name in file.schema_arrow.names]
-        table = file.read(columns=["key", "extensions", "offsets", "sizes", *own], use_threads=False)
+        span = ["start_frame", "end_frame"] if is_clips(manifest) else []
+        table = file.read(
+            columns=[*dict.fromkeys(["key", "extensions", "offsets", "sizes", *span, *own])], use_threads=False
+        )
 
     def load(part: slice) -> list[Media]:
         rows = table.slice(part.start, part.stop - part.start).to_pylist()
@@ -49,7 +53,14 @@ def read_media(
         }
         data = dict(zip(places, read_ranges(manifest.shard, store, list(places.values())), strict=True))
         return [
-            Media(row["key"], {name: row.get(name) for name in columns}, member and member[1], data.get(i, b""), side)
+            Media(
+                row["key"],
+                {name: row.get(name) for name in columns},
+                member and member[1],
+                data.get(i, b""),
+                side,
+                (row["start_frame"], row["end_frame"]) if span else None,
+            )
             for i, (row, member) in enumerate(zip(rows, chosen, strict=True))
         ]
 

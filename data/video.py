@@ -1,0 +1,237 @@
+"""Clips as FFmpeg reads them (through PyAV): the times of their frames, their frames, and parts of them.
+
+Times are seconds from the first frame that is shown; frames are counted from it, in the order in which they are shown.
+Only the first video stream counts: sound is neither read nor kept.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+_LATE = np.iinfo(np.int64).max
+
+
+class VideoError(ValueError):
+    """The bytes are not a clip that can be decoded, or it has no such part."""
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """When the N frames of a clip are shown, and where its stream may be parted without decoding it.
+
+    Args:
+        pts: (N + 1,) int64, when each frame is shown, in units of `time_base`, strictly rising; then the end.
+        key: (N,) bool, whether decoding can begin at the frame: a key frame after which nothing is shown that belongs
+            before it (a closed group of pictures).
+        joint: (N + 1,) bool, whether the packets before and after this point hold just the frames before and after it.
+            Everything up to a joint decodes without what follows. True at 0 and N.
+        bytes: of all packets together.
+        time_base: seconds.
+    """
+
+    pts: np.ndarray
+    key: np.ndarray
+    joint: np.ndarray
+    bytes: int
+    time_base: Fraction
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """(N + 1,) float64: when each frame is shown, then the end."""
+        return (self.pts - self.pts[0]) * float(self.time_base)
+
+    def copyable(self, start: int, end: int) -> tuple[int, int] | None:
+        """The longest part of frames [start, end) that can be cut out without decoding it, if there is one."""
+        first = np.flatnonzero(self.key[start:end])
+        if not len(first):
+            return None
+        begin = start + int(first[0])
+        joints = np.flatnonzero(self.joint[begin + 1 : end + 1])
+        return (begin, begin + 1 + int(joints[-1])) if len(joints) else None
+
+
+@contextmanager
+def open_video(data: bytes) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    """A clip's container and video stream, to be decoded in one thread.
+
+    Raises:
+        VideoError: also for whatever FFmpeg raises inside the `with`.
+    """
+    import av
+
+    try:
+        with av.open(io.BytesIO(data), mode="r", metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise VideoError("no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            yield container, stream
+    except av.error.FFmpegError as error:
+        raise VideoError(f"cannot decode clip of {len(data)} bytes: {error}") from error
+
+
+def read_timeline(data: bytes) -> Timeline:
+    """The times of a clip's frames, from its packets; nothing is decoded.
+
+    Raises:
+        VideoError: not a clip, or one without frames or with frames at no or equal times.
+    """
+    with open_video(data) as (container, stream):
+        return _timeline(_packets(container, stream), stream)
+
+
+def _packets(container: "InputContainer", stream: "VideoStream") -> list["av.Packet"]:
+    """A stream's packets that get shown, in the order in which they are decoded."""
+    # The last packet is an empty one that flushes decoders; those before a container's edit begins are not shown.
+    return [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+
+
+def _time(packet: "av.Packet") -> int | None:
+    return packet.pts if packet.pts is not None else packet.dts
+
+
+def _timeline(packets: list["av.Packet"], stream: "VideoStream") -> Timeline:
+    if not packets:
+        raise VideoError("no frames")
+    times = [_time(packet) for packet in packets]
+    if any(time is None for time in times):
+        raise VideoError("frames without a time")
+    decoded = np.array(times, dtype=np.int64)
+    order = np.argsort(decoded, kind="stable")
+    shown = decoded[order]
+    steps = np.diff(shown)
+    if len(steps) and steps.min() <= 0:
+        raise VideoError("two frames at one time")
+    assert stream.time_base is not None
+    rate = stream.average_rate or stream.guessed_rate
+    usual = int(np.median(steps)) if len(steps) else round(1 / (rate * stream.time_base)) if rate else 1
+    last = packets[order[-1]].duration or usual
+    # Point i of the decoding order parts the stream if all frames before it are shown before all after it.
+    latest_before = np.maximum.accumulate(decoded)[:-1]
+    earliest_after = np.minimum.accumulate(decoded[::-1])[::-1]
+    parts = np.concatenate([[True], latest_before < earliest_after[1:], [True]])
+    keys = np.array([packet.is_keyframe for packet in packets])
+    # At such a point as many frames were shown as were decoded, so it is the same point of both orders.
+    key = keys & parts[:-1] & (decoded == earliest_after)
+    size = sum(packet.size for packet in packets)
+    return Timeline(np.append(shown, shown[-1] + max(last, 1)), key, parts, size, stream.time_base)
+
+
+def decode_frames(data: bytes, timeline: Timeline, start: int, end: int) -> Iterator["av.VideoFrame"]:
+    """Frames [start, end) of a clip, in order; decoding begins at the key frame before them.
+
+    Raises:
+        VideoError: not a clip, or damaged.
+    """
+    first, after = _bounds(timeline, start, end)
+    keys = np.flatnonzero(timeline.key[: start + 1])
+    before = int(timeline.pts[keys[-1]]) if len(keys) else None  # where decoding begins
+    with open_video(data) as (container, stream):
+        # Not by seeking, which in some containers misses the key frame; reading packets from memory costs little.
+        for packet in container.demux(stream):
+            if before is not None and packet.size and _time(packet) != before:
+                continue
+            before = None
+            for frame in packet.decode():
+                if frame.pts is None:
+                    raise VideoError("frames without a time")
+                if frame.pts >= after:
+                    return
+                if frame.pts >= first:
+                    yield frame
+
+
+def _bounds(timeline: Timeline, start: int, end: int) -> tuple[int, int]:
+    if not 0 <= start < end <= len(timeline):
+        raise VideoError(f"frames {start} to {end} are not a part of a clip of {len(timeline)} frames")
+    after = int(timeline.pts[end]) if end < len(timeline) else _LATE
+    return int(timeline.pts[start]), after
+
+
+def cut(data: bytes, start: int, end: int, reencode: bool, crf: int = 17) -> bytes:
+    """Frames [start, end) of a clip as a clip of its own, without sound. The same input gives the same bytes.
+
+    Args:
+        data: the whole clip.
+        start: first frame.
+        end: first frame that is not wanted any more.
+        reencode: H.264 in MP4, of exactly these frames at the same times; else packets are copied as they are, into the
+            same kind of container: then frames can only be what `Timeline.copyable` gives for any frames.
+        crf: quality of the encoder, 0 (lossless) to 51.
+
+    Raises:
+        VideoError: not a clip, no such frames, or they cannot be copied.
+    """
+    return _encode(data, start, end, crf) if reencode else _copy(data, start, end)
+
+
+def _copy(data: bytes, start: int, end: int) -> bytes:
+    import av
+
+    target = io.BytesIO()
+    with open_video(data) as (container, stream):
+        packets = _packets(container, stream)
+        timeline = _timeline(packets, stream)
+        first, after = _bounds(timeline, start, end)
+        if timeline.copyable(start, end) != (start, end):
+            raise VideoError(f"frames {start} to {end} depend on others and cannot be cut out without decoding them")
+        with av.open(target, "w", format=_container(container.format.name), options=_SAME_BYTES) as output:
+            copy = output.add_stream_from_template(stream)
+            for packet in packets:
+                time = _time(packet)
+                assert time is not None, "the timeline knows all times"
+                if first <= time < after:
+                    packet.stream = copy
+                    packet.pts = time - first
+                    if packet.dts is not None:
+                        packet.dts -= first
+                    output.mux(packet)
+    return target.getvalue()
+
+
+_SAME_BYTES = {"fflags": "bitexact"}  # else Matroska's muxer draws identifiers at random
+
+
+def _container(name: str) -> str:
+    """The muxer of a demuxer's format; the latter's name may list several formats."""
+    names = name.split(",")
+    return "mp4" if "mp4" in names else names[0]
+
+
+def _encode(data: bytes, start: int, end: int, crf: int) -> bytes:
+    import av
+
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp4", options=_SAME_BYTES) as output:
+        encoder = None
+        begin = 0
+        for frame in decode_frames(data, read_timeline(data), start, end):
+            assert frame.pts is not None and frame.time_base is not None
+            if encoder is None:
+                rate = Fraction(1) / (frame.duration * frame.time_base) if frame.duration else Fraction(25)
+                encoder = output.add_stream("libx264", rate=rate, options={"crf": str(crf), "threads": "1"})
+                encoder.width, encoder.height = frame.width // 2 * 2, frame.height // 2 * 2  # 4:2:0 knows no odd sides
+                encoder.pix_fmt = "yuv420p"
+                encoder.codec_context.time_base = frame.time_base
+                begin = frame.pts
+            clean = frame.reformat(encoder.width, encoder.height, "yuv420p")
+            clean.pts, clean.time_base = frame.pts - begin, frame.time_base
+            clean.pict_type = av.video.frame.PictureType.NONE  # the source's key frames need not be ours
+            output.mux(encoder.encode(clean))
+        if encoder is None:
+            raise VideoError(f"frames {start} to {end} could not be decoded")
+        output.mux(encoder.encode(None))
+    return target.getvalue()
