@@ -81,6 +81,8 @@ def _check_choices(job: str, overrides: list[str]) -> None:
     for override in parsed:
         group, value = override.key_or_group, override.value()
         options = [] if override.is_delete() else groups.get(group, [])
+        if override.package is not None and not options:  # +where@data.sources.photos=svd: in no job's defaults
+            options = sorted(file.stem for file in (ROOT / group).glob("*.yaml"))
         for choice in value if isinstance(value, list) else [value]:
             choice = "null" if choice is None else choice
             if options and isinstance(choice, str) and choice not in options:
