@@ -28,7 +28,7 @@ from data.where import Where, WhereError, first_line
 VERSION = 1
 CHUNK_ROWS = 1 << 20
 """Rows that go through DuckDB at once."""
-VALUES_HELD = 1 << 24
+VALUES_HELD = 1 << 26
 """Values that are kept in memory between the passes of a quantile; more are read again for each pass."""
 
 Split = Literal["train", "validation"]
@@ -369,9 +369,9 @@ def _quantiles(scan: _Scan, clause: Where) -> list[float | None]:
         for chunk in held if held is not None else chunks():
             for i, bits in enumerate(chunk):
                 if shift < 42:
-                    bits = bits[bits >> np.uint64(shift + width) == np.uint64(prefix[i])]
-                digit = (bits >> np.uint64(shift) & np.uint64((1 << width) - 1)).astype(np.int64)
-                np.add.at(counts[i], digit, 1)
+                    bits = chunk[i] = bits[bits >> np.uint64(shift + width) == np.uint64(prefix[i])]
+                digit = (bits >> np.uint64(shift) & np.uint64((1 << width) - 1)).view(np.int64)
+                counts[i] += np.bincount(digit, minlength=1 << width)
         for i, quantile in enumerate(wanted):
             if shift == 42:
                 n = int(counts[i].sum())
@@ -389,8 +389,13 @@ _SIGN = np.uint64(1 << 63)
 
 def _ordered_bits(values: np.ndarray) -> np.ndarray:
     """Doubles as integers of the same order (Herf 2001, "Radix tricks"); NaNs are left out."""
-    bits = (values[~np.isnan(values)] + 0.0).view(np.uint64)  # -0.0 becomes 0.0
-    return np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    numbers = values[~np.isnan(values)]
+    numbers += 0.0  # -0.0 becomes 0.0
+    flips = numbers.view(np.int64) >> 63  # all bits of negative numbers, the sign of others
+    flips |= _SIGN.view(np.int64)
+    bits = numbers.view(np.uint64)
+    bits ^= flips.view(np.uint64)
+    return bits
 
 
 def _from_ordered_bits(bits: int) -> float:
