@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -22,7 +24,7 @@ from data.manifest_reader import ManifestReader
 from data.members import ContentError
 from data.packing.order import Order, make_order
 from data.packing.pictures import Format, Pictures
-from data.packing.samples import Contents, Row, check_columns, fetch, pack
+from data.packing.samples import Contents, Packed, Row, check_columns, fetch, pack
 from data.packing.shards import Report, read_report, write_shard
 from data.scores import open_scores, read_scored, score_names
 from data.selection import Selection
@@ -32,6 +34,8 @@ from data.tasks import Task, Tasks, run_tasks
 
 VERSION = 1
 RECORD = "pack.json"
+ROWS_HELD = 1 << 16
+"""Samples whose rows a task reads at once, in whole shards: a shuffled shard has samples of nearly all manifests."""
 _MEMBERS = ("key", "extensions", "offsets", "sizes", "width", "height")
 _FIELDS = {"caption", "url", "original_width", "original_height"}  # for the table, where samples have them
 _REPORT_LINES = 20
@@ -159,36 +163,24 @@ class Job:
         if not self.store.exists(url) or self.store.read_all(url) != content:
             self.store.write(url, content)
 
-    def rows(self, shard: int) -> list[Row]:
-        """The samples of an output shard, in order."""
-        positions = self.order.positions(shard)
+    def rows(self, shards: Sequence[int]) -> list[list[Row]]:
+        """The samples of output shards, in order. One pass over the manifests serves all that are asked for."""
+        parts = [self.order.positions(shard) for shard in shards]
+        positions = np.concatenate(parts)
         of_source, within = self.order.locate(positions)
-        found: list[Row | None] = [None] * len(positions)
+        found: dict[int, Row] = {}
         for i, source in enumerate(self.sources):
-            slots = (of_source == i).nonzero()[0]
-            by_shard: dict[int, tuple[list[int], list[int]]] = {}
-            for slot, (place, row) in zip(slots.tolist(), source.selection.locate(within[slots]), strict=True):
-                own_slots, own_rows = by_shard.setdefault(place, ([], []))
-                own_slots.append(slot)
-                own_rows.append(row)
+            slots = np.flatnonzero(of_source == i)
+            slots = slots[np.argsort(within[slots])]
+            places = np.array(source.selection.locate(within[slots]), dtype=np.int64).reshape(-1, 2)
             reader = ManifestReader(self.store, source.selection.manifests, source.selection.digests)
-            columns = _columns(source.contents)
-            for place, (own_slots, own_rows) in sorted(by_shard.items()):
-                values = reader.rows(place, own_rows, [*_MEMBERS, "checksums", *columns])
-                for j, slot in enumerate(own_slots):
-                    key = values["key"][j]
-                    sums = values["checksums"][j] or [None] * len(values["extensions"][j])
-                    members = zip(values["extensions"][j], values["offsets"][j], values["sizes"][j], sums, strict=True)
-                    found[slot] = Row(
-                        source=source.name,
-                        shard=source.selection.shards[place],
-                        key=key,
-                        new_key=self.order.new_key(key, int(positions[slot])),
-                        members=list(members),
-                        size=(values["height"][j], values["width"][j]),
-                        values={name: values[name][j] for name in columns},
-                    )
-        return [row for row in found if row is not None]
+            for place in np.unique(places[:, 0]).tolist():
+                here = places[:, 0] == place
+                own = slots[here]
+                new_rows = _rows(source, reader, place, places[here, 1], positions[own], self.order)
+                found.update(zip(own.tolist(), new_rows, strict=True))
+        rows = iter([found[slot] for slot in range(len(positions))])
+        return [list(islice(rows, len(part))) for part in parts]
 
 
 def prepare(config: Config, data: TarData, pictures: Pictures) -> Job:
@@ -267,23 +259,50 @@ def summary(reports: Sequence[Report], job: Job, seconds: float) -> str:
 
 def _work(job: Job, task: Task) -> list[Report]:
     """One task's shards."""
-    sizes, reports = job.order.sizes(), []
-    for shard in task.own(range(job.order.shards)):
-        tar = job.tar(shard)
-        report = read_report(tar, job.store)
+    sizes = job.order.sizes()
+    reports = {shard: read_report(job.tar(shard), job.store) for shard in task.own(range(job.order.shards))}
+    due = [shard for shard, report in reports.items() if report is None]
+    for shard, report in reports.items():
         if report is not None:
             task.skip(sizes[shard], report.failed)
-        else:
-            report = write_shard(
-                tar, _packed(job, shard, task), job.store, job.types, job.checksum, job.max_errors * sizes[shard]
+    while due:
+        held = max(1, int(np.searchsorted(np.cumsum([sizes[shard] for shard in due]), ROWS_HELD, side="right")))
+        now, due = due[:held], due[held:]
+        for shard, rows in zip(now, job.rows(now), strict=True):
+            most_errors = job.max_errors * len(rows)
+            reports[shard] = write_shard(
+                job.tar(shard), _packed(job, rows, task), job.store, job.types, job.checksum, most_errors
             )
-        reports.append(report)
-    return reports
+    return [report for report in reports.values() if report is not None]
 
 
-def _packed(job: Job, shard: int, task: Task) -> Iterator[Any]:
+def _rows(
+    source: PackSource, reader: ManifestReader, shard: int, rows: np.ndarray, positions: np.ndarray, order: Order
+) -> list[Row]:
+    """Rows of one shard of a source."""
+    columns = _columns(source.contents)
+    values = reader.rows(shard, rows, [*_MEMBERS, "checksums", *columns])
+    made = []
+    for i, position in enumerate(positions.tolist()):
+        key, extensions = values["key"][i], values["extensions"][i]
+        checksums = values["checksums"][i] or [None] * len(extensions)
+        made.append(
+            Row(
+                source=source.name,
+                shard=source.selection.shards[shard],
+                key=key,
+                new_key=order.new_key(key, position),
+                members=list(zip(extensions, values["offsets"][i], values["sizes"][i], checksums, strict=True)),
+                size=(values["height"][i], values["width"][i]),
+                values={name: values[name][i] for name in columns},
+            )
+        )
+    return made
+
+
+def _packed(job: Job, rows: Sequence[Row], task: Task) -> Iterator[Packed]:
     contents = {source.name: source.contents for source in job.sources}
-    for row, fetched in _fetched(job.rows(shard), job.store, job.concurrency):
+    for row, fetched in _fetched(rows, job.store, job.concurrency):
         packed = pack(row, fetched, contents[row.source])
         task.advance(1, int(packed.status != "success"))
         yield packed

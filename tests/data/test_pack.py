@@ -26,7 +26,7 @@ from data.manifest import manifest_url, read_manifest
 from data.scores import write_scores
 from data.store import Store
 from data.tars import TarData
-from tests.data.shard_files import picture, sample, write_shard
+from tests.data.shard_files import picture, sample, write_shard, write_tar
 from tools.cli import JOBS, execute
 
 ROOT = Path(__file__).parents[2]
@@ -351,9 +351,23 @@ def test_another_selection_or_foreign_tars_in_the_folder_are_refused(tmp_path, c
     assert not (tmp_path / "new").exists()
 
 
-def test_tasks_and_arrays_of_tasks_give_the_same_bytes(tmp_path):
+def test_members_keep_their_order_and_long_keys_their_length(tmp_path):
+    keys = ["two", "x/" * 60 + "long", "schön"]  # the first picture is the sample's; names beyond 100 bytes, not ASCII
+    members = []
+    for i, key in enumerate(keys):
+        members += [(f"{key}.png", picture(20 + i, 30, "PNG", seed=i)), (f"{key}.jpg", picture(24, 24, seed=9 + i))]
+    write_tar(tmp_path / "in" / "0.tar", members, tarfile.GNU_FORMAT)
+    assert run(f"out={tmp_path / 'out'}", "shuffle=false", f"data.sources.x.shards={tmp_path / 'in'}") == 0
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        assert [(m.name, tar.extractfile(m).read()) for m in tar] == members  # type: ignore[union-attr]
+    expected, found = epoch({"x": {"shards": str(tmp_path / "in")}}), epoch({"x": {"shards": str(tmp_path / "out")}})
+    assert set(found) == set(keys) and all(torch.equal(found[key][0], expected[key][0]) for key in keys)
+
+
+def test_tasks_and_arrays_of_tasks_give_the_same_bytes(tmp_path, monkeypatch):
     overrides = [*write_sources(tmp_path), "samples_per_shard=8", "short_side=12"]
     assert run(f"out={tmp_path / 'one'}", *overrides) == 0
+    monkeypatch.setattr("data.pack.ROWS_HELD", 10)  # of one shard at a time
     for task in (2, 0, 1):
         assert not (tmp_path / "array" / "sizes.json").exists()
         assert run(f"out={tmp_path / 'array'}", "cluster.tasks=3", f"cluster.task={task}", *overrides) == 0
