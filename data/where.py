@@ -12,6 +12,12 @@ from typing import Any
 
 import duckdb
 
+_ORDERINGS = (
+    "COMPARE_LESSTHAN",
+    "COMPARE_LESSTHANOREQUALTO",
+    "COMPARE_GREATERTHAN",
+    "COMPARE_GREATERTHANOREQUALTO",
+)
 _SUBQUERIES = ("SUBQUERY", "WINDOW", "LAMBDA", "STAR", "PARAMETER", "POSITIONAL_REFERENCE")
 
 
@@ -75,6 +81,36 @@ class Where:
                 raise WhereError(
                     f"where={self.text!r}: there is no column {column!r}; {hint}there are: {', '.join(names)}"
                 )
+
+    def conjuncts(self) -> list["Where"]:
+        """The conditions that all must hold, in order: the parts that AND joins at the top, or the clause itself."""
+        waiting, parts = [self._condition], []
+        while waiting:
+            node = waiting.pop(0)
+            if node.get("type") == "CONJUNCTION_AND":
+                waiting = [*node["children"], *waiting]
+            else:
+                parts.append(Where(_bare(self._deparse(node))))
+        return parts
+
+    def threshold(self, values: Iterable[float | None]) -> tuple[str, float] | None:
+        """The column and the number, if the clause is a comparison (<, <=, >, >=) of one column with one number.
+
+        Args:
+            values: of the clause's quantiles; there is no threshold where that value is None.
+        """
+        node = self._parse(f"SELECT 1 FROM rows WHERE ({self.sql(values)}\n)")["where_clause"]
+        sides = [node.get("left"), node.get("right")]
+        if node.get("type") not in _ORDERINGS or len(self.columns) != 1:
+            return None
+        column, number = sides if sides[0]["class"] == "COLUMN_REF" else sides[::-1]
+        if column["class"] != "COLUMN_REF":
+            return None
+        try:
+            row = self._database.execute("SELECT CAST(" + self._deparse(number) + " AS DOUBLE)").fetchone()
+        except duckdb.Error:  # not a number, or the same column once more
+            return None
+        return (self.columns[0], float(row[0])) if row is not None and row[0] is not None else None
 
     def _visit(self, node: Any, compared_with: dict[str, Any] | None) -> None:
         if isinstance(node, list):
@@ -160,6 +196,18 @@ class Where:
 def first_line(error: Exception) -> str:
     """DuckDB's message without the excerpt of the query under it."""
     return str(error).strip().splitlines()[0]
+
+
+def _bare(sql: str) -> str:
+    """An expression without the parentheses around all of it, which DuckDB writes."""
+    if not (sql.startswith("(") and sql.endswith(")")):
+        return sql
+    depth = 0
+    for place, character in enumerate(sql):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return sql[1:-1] if place == len(sql) - 1 and "'" not in sql and '"' not in sql else sql
+    return sql
 
 
 def _is_quantile(node: dict[str, Any]) -> bool:

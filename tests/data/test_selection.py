@@ -87,8 +87,8 @@ def expected(table: pa.Table, where: str) -> list[tuple[int, int]]:
 )
 @pytest.mark.parametrize("held", [True, False])
 def test_selections_are_what_duckdb_selects(world, tmp_path, monkeypatch, where, plain, held):
-    monkeypatch.setattr("data.selection.CHUNK_ROWS", 30)
-    monkeypatch.setattr("data.selection.VALUES_HELD", 1 << 20 if held else 0)
+    monkeypatch.setattr("data.scan.CHUNK_ROWS", 30)
+    monkeypatch.setattr("data.scan.VALUES_HELD", 1 << 20 if held else 0)
     store, manifests, table = world
     selection = select(manifests, store, where, cache_folder=str(tmp_path))
     rows = rows_of(selection)
@@ -104,7 +104,7 @@ def test_selections_are_what_duckdb_selects(world, tmp_path, monkeypatch, where,
 
 def test_quantiles_of_many_values_are_exact(world, tmp_path, monkeypatch):
     """Heavy tails, ties, infinities and negative numbers, at many probabilities."""
-    from data.selection import _from_ordered_bits, _ordered_bits
+    from data.scan import _from_ordered_bits, _ordered_bits
 
     values = np.concatenate(
         [np.random.default_rng(0).standard_cauchy(999), np.zeros(50), [-0.0, np.inf, -np.inf, 5e-324]]
