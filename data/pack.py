@@ -19,7 +19,7 @@ import pyarrow as pa
 import xxhash
 
 from conf.errors import ConfigError
-from data.manifest import Checksum, open_parquet
+from data.manifest import STRUCTURE, Checksum, open_parquet
 from data.manifest_reader import ManifestReader
 from data.members import ContentError
 from data.packing.order import Order, make_order
@@ -119,7 +119,7 @@ class Job:
         sources: in order.
         order: of their samples.
         types: of the columns in the tables beyond the usual ones.
-        checksum: of the packed members' manifests; samples are held against their own in any case.
+        checksum: of members, for the packed shards' manifests.
         max_errors: share of a shard's samples.
         concurrency: requests that a task has under way at a remote store.
     """
@@ -206,18 +206,24 @@ def prepare(config: Config, data: TarData, pictures: Pictures) -> Job:
         config.bytes_per_shard,
         data.cache_folder,
     )
-    types, scores = _find_columns(data, columns)
+    types, scores = _find_columns(data, {*columns, *(c for source in sources for c in source.contents.captions)})
     job = Job(
         out=config.out,
         store=data.store,
         sources=tuple(sources),
         order=order,
-        types=types,
+        types={column: types[column] for column in columns},
         checksum=data.checksum,
         max_errors=config.max_errors,
         concurrency=data.concurrency,
     )
-    record = {
+    _claim(config.out, _record(config, data, job, scores), data.store)
+    return job
+
+
+def _record(config: Config, data: TarData, job: Job, scores: dict[str, str]) -> dict[str, Any]:
+    """All that the packed bytes depend on."""
+    return {
         "version": VERSION,
         "split": config.split,
         "holdout": data.holdout,
@@ -229,17 +235,16 @@ def prepare(config: Config, data: TarData, pictures: Pictures) -> Job:
                 "captions": list(source.contents.captions),
                 "background": list(source.contents.background),
             }
-            for source in sources
+            for source in job.sources
         },
-        "order": order.fingerprint,
-        "seed": order.seed,
-        "shards": order.shards,
-        "pictures": asdict(pictures),
-        "columns": scores,
+        "order": job.order.fingerprint,
+        "seed": job.order.seed,
+        "shards": job.order.shards,
+        "pictures": asdict(job.sources[0].contents.pictures),
+        "columns": sorted(job.types),
+        "scores": scores,
         "checksum": data.checksum,
     }
-    _claim(config.out, record, data.store)
-    return job
 
 
 def summary(reports: Sequence[Report], job: Job, seconds: float) -> str:
@@ -332,34 +337,34 @@ def _columns(contents: Contents) -> list[str]:
     return sorted(_FIELDS | {*contents.captions, *contents.columns})
 
 
-def _find_columns(data: TarData, columns: Sequence[str]) -> tuple[dict[str, pa.DataType], dict[str, str]]:
-    """Types of the columns, and a hash of the score files that each is from (manifests have fingerprints already)."""
-    kinds: dict[str, set[pa.DataType]] = {column: set() for column in columns}
-    origins = {column: xxhash.xxh3_128() for column in columns}
-    for name in data.sources if columns else ():
+def _find_columns(data: TarData, columns: set[str]) -> tuple[dict[str, pa.DataType], dict[str, str]]:
+    """Types of the columns, and for those that are in score files, a hash of what these hold (a selection's fingerprint
+    knows of manifests only)."""
+    kinds: dict[str, set[pa.DataType]] = {column: set() for column in columns - STRUCTURE.keys()}
+    hashes: dict[str, xxhash.xxh3_128] = {}
+    for name in data.sources if kinds else ():
         manifests = data.manifests(name)
-        filters = score_names(manifests[0].url, data.store)
-        missing = set(columns)
+        missing = set(kinds)
         for manifest in manifests:
             with open_parquet(manifest.url, data.store) as file:
                 own = {f.name: f.type for f in file.schema_arrow if f.name in kinds}
             for column, kind in own.items():
                 kinds[column].add(kind)
             missing -= own.keys()
-        for filter_name in filters if missing else ():
+        for filter_name in score_names(manifests[0].url, data.store) if missing else ():
             with open_scores(manifests[0], filter_name, data.store) as file:
                 scored = {f.name: f.type for f in file.schema_arrow if f.name in missing}
             for column, kind in scored.items():
                 kinds[column].add(kind)
-                missing.discard(column)
                 for manifest in manifests:
                     found = read_scored(manifest, filter_name, data.store)
-                    origins[column].update(found.content.encode() if found is not None else b"none")
-    nowhere = sorted(column for column, found in kinds.items() if not found)
-    if nowhere:
+                    told = found.content if found is not None else "none"
+                    hashes.setdefault(column, xxhash.xxh3_128()).update(told.encode())
+            missing -= scored.keys()
+    if nowhere := sorted(column for column, found in kinds.items() if not found):
         raise ValueError(f"columns: no manifest and no score file has a column {nowhere[0]!r}")
     types = {column: _common(found) for column, found in kinds.items()}
-    return types, {column: origin.hexdigest() for column, origin in origins.items()}
+    return types, {column: hashed.hexdigest() for column, hashed in sorted(hashes.items())}
 
 
 def _common(kinds: set[pa.DataType]) -> pa.DataType:

@@ -323,6 +323,32 @@ def test_unreadable_samples_are_counted_listed_and_left_out(tmp_path, capsys):
     assert not tars(tmp_path / "strict") and not list((tmp_path / "strict").glob(".*"))
 
 
+def test_checksums_find_what_still_decodes(tmp_path):
+    path = write_shard(tmp_path / "in" / "0.tar", [sample(i) for i in range(10)])
+    ensure_indexed([str(path)], Store(), checksum="xxh128")
+    stat, content = path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b"caption 4", b"caption 7"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    given = [f"data.sources.x.shards={tmp_path / 'in'}", "data.checksum=xxh128"]
+    assert run(f"out={tmp_path / 'out'}", *given) == 0
+    [bad] = [r for r in pq.read_table(tmp_path / "out" / "00000.parquet").to_pylist() if r["status"] != "success"]
+    assert bad["key"] == "000004" and bad["status"] == "failed_to_download"
+    assert "its .txt has another checksum than when it was indexed" in bad["error_message"]
+    assert execute(["index", f"shards={tmp_path / 'out'}", "verify=true"]) == 0
+
+
+def test_scores_that_change_amid_a_pack_are_noticed(tmp_path, capsys):
+    path = write_shard(tmp_path / "in" / "0.tar", [sample(i) for i in range(4)])
+    [manifest] = ensure_indexed([str(path)], Store())
+    given = [f"out={tmp_path / 'out'}", f"data.sources.x.shards={tmp_path / 'in'}"]
+    for column, more in (("taste", ["columns=[taste]"]), ("words", ["data.sources.x.caption=words"])):
+        for name in ("first", "second"):
+            write_scores(manifest, column, pa.table({column: [name] * 4}), Store())
+            given[0] = f"out={tmp_path / column}"
+            assert run(*given, *more) == (0 if name == "first" else 2)
+        assert "holds another pack (scores differ" in capsys.readouterr().err
+
+
 def test_another_selection_or_foreign_tars_in_the_folder_are_refused(tmp_path, capsys):
     overrides = write_sources(tmp_path)
     out = f"out={tmp_path / 'out'}"
