@@ -67,3 +67,22 @@ def rank_groups(first: np.ndarray, keys: Sequence[np.ndarray]) -> Groups:
     alone = np.empty(count, bool)
     alone[order] = np.repeat(sizes == 1, sizes)
     return Groups(first, rank, alone)
+
+
+def connect(first: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """Put the samples a[i] and b[i] into one group, for all pairs at once, in place: the components of a graph by
+    hooking and pointer doubling (Shiloach and Vishkin 1982).
+
+    Args:
+        first: (N,) int64, the smallest member of each sample's group; `np.arange(N)` to begin with.
+        a: (m,) int64.
+        b: (m,) int64.
+    """
+    while True:
+        low, high = np.minimum(first[a], first[b]), np.maximum(first[a], first[b])
+        apart = low != high
+        if not apart.any():
+            return
+        np.minimum.at(first, high[apart], low[apart])
+        while not np.array_equal(up := first[first], first):
+            first[:] = up
