@@ -181,5 +181,6 @@ def _combine(values: Sequence[Any]) -> Any:
         vectors = np.asarray(told, dtype=np.float64)
         mean = vectors.mean(0)
         length = np.linalg.norm(mean)
-        return (mean * (np.linalg.norm(vectors, axis=1).mean() / length if length > 0 else 1.0)).astype(np.float32)
+        scale = np.linalg.norm(vectors, axis=1).mean() / length if length > 0 else 1.0
+        return (mean * scale).astype(np.asarray(told).dtype)
     return values[len(values) // 2]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from drawn_clips import decode, encode, moving, texture
 from PIL import Image
 from safetensors.torch import save_file
 from shard_files import as_json, picture, write_tar
@@ -225,6 +226,21 @@ def test_what_is_no_head_is_refused(tmp_path, capsys, clip_folder):
 
 
 # --- the job ------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_has_the_mean_of_three_of_its_frames(tmp_path, clip_folder):
+    clip = encode([*moving(texture(1), 6, 0), *moving(texture(2), 6, 1), *moving(texture(3), 7, 0)])
+    write_tar(tmp_path / "0.tar", [("a.mp4", clip), ("a.txt", b"a red circle"), ("b.jpg", picture(40, 30))])
+    store = Store()
+    manifests = ensure_indexed([str(tmp_path / "0.tar")], store)
+    curate(manifests, [Clip(str(clip_folder), device="cpu")], store)
+    embedder = Embedder(clip_folder, "float32", "cpu")
+    frames = decode(clip)
+    shown = embedder.images([frames[0], frames[9], frames[18]])
+    mean = nn.functional.normalize(torch.from_numpy(shown.mean(axis=0)), dim=0)
+    np.testing.assert_allclose(column(manifests, "clip", "clip_embedding")[0], mean, atol=5e-3)
+    cosines = shown @ embedder.texts(["a red circle"])[0]
+    assert column(manifests, "clip", "clip_similarity") == [pytest.approx(cosines.mean(), abs=5e-3), None]
 
 
 def write_shards(folder: Path) -> list[Manifest]:
