@@ -174,6 +174,9 @@ def _child(work: Callable[[Task], R], index: int, count: int, connection: Connec
         trace = traceback.format_exc()
         connection.send(_Failure(kind, str(error), trace) if kind else _Failure(RuntimeError, trace, trace))
     connection.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as the command line does: DuckDB's bindings print pages about leaks while the interpreter shuts down
 
 
 def _end_with_parent() -> None:

@@ -21,6 +21,13 @@ def collect(items: list[int], task: Task) -> tuple[int, list[int], str | None]:
     return os.getpid(), own, os.environ.get("OMP_NUM_THREADS")
 
 
+def use_duckdb(task: Task) -> None:
+    import duckdb
+
+    assert duckdb.sql("SELECT 1").fetchall() == [(1,)]
+    print(f"task {task.index} is done")
+
+
 def fail(kind: type[Exception], marker: Path, task: Task) -> None:
     if task.index == 1:
         raise kind("shard 7 is broken")
@@ -59,6 +66,13 @@ def test_tasks_share_the_items_among_processes_of_one_thread_each(capfd):
     assert {threads for _, _, threads in results} == {"1"}
     shown = capfd.readouterr().err
     assert "10.0/10.0" in shown and "errors=3" in shown
+
+
+def test_what_tasks_print_is_seen_and_nothing_else(capfd):
+    run_tasks(use_duckdb, Tasks(2), [1, 1], "query")
+    shown = capfd.readouterr()
+    assert sorted(shown.out.splitlines()) == ["task 0 is done", "task 1 is done"]
+    assert "leaked" not in shown.err
 
 
 def test_a_task_of_an_array_runs_here_and_takes_its_own_items():
