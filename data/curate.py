@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -20,12 +21,24 @@ from data.clips import ensure_clips
 from data.curation.base import Failure, Filter, GlobalFilter, Kind, Media
 from data.curation.everywhere import score_everywhere
 from data.curation.media import read_media
+from data.curation.report import write_report
 from data.curation.video import Stills, VideoFilter, combine, score_together
 from data.index import ensure_indexed
 from data.manifest import Manifest
 from data.scores import Recipe, Scored, ScoreError, as_json, read_scored, write_scores
 from data.store import Store, StoreError, redact, remove_leftovers
 from data.tasks import Task, Tasks, run_tasks
+
+
+@dataclass
+class FunnelConfig:
+    """What the report's funnel is of.
+
+    Args:
+        where: SQL predicate over manifest and score columns; null: there is none.
+    """
+
+    where: str | None = None
 
 
 @dataclass
@@ -41,17 +54,21 @@ class Config:
         side: pixels; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as both sides are at least this.
         batch: samples that filters get at a time.
         max_errors: share of a shard's samples that a filter may fail on.
+        report: a folder for a page about what the filters found; null: none.
+        funnel: whose `where` clause the page follows.
         store: where the shards lie.
     """
 
     shards: str | list[str]
-    filter: dict[str, Any]
+    filter: dict[str, Any] = field(default_factory=dict)
     cluster: Tasks = field(default_factory=Tasks)
     manifest: Literal["samples", "clips"] = "samples"
     manifest_folder: str | None = None
     side: int = 512
     batch: int = 64
     max_errors: float = 0.1
+    report: str | None = None
+    funnel: FunnelConfig = field(default_factory=FunnelConfig)
     store: Store = field(default_factory=Store)
 
 
@@ -83,15 +100,23 @@ def run(config: Config) -> None:
     try:
         tasks = Tasks(config.cluster.tasks, config.cluster.task)
         settings = Settings(config.side, config.batch, config.max_errors)
-        filters = [build(node) for node in config.filter.values() if node is not None]
+        chosen = getattr(config, "filter", None) or {}  # filter=[] leaves no trace of the group
+        filters = [build(node) for node in chosen.values() if node is not None]
+        if not filters and not config.report:
+            raise ConfigError("no filters and no report: choose some with filter=[sharpness,...]")
         store = build(config.store)
         manifests = ensure_indexed(store.expand(patterns), store, config.manifest_folder)
         if config.manifest == "clips":
             manifests = ensure_clips(manifests, store)
         scored = curate(manifests, filters, store, settings, tasks)
+        page = None
+        if config.report and tasks.task is None:
+            page = write_report(Path(config.report), manifests, store, config.funnel.where)
     except (StoreError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(summary(manifests, scored, time.perf_counter() - started))
+    if page is not None:
+        print(f"report: {page}")
 
 
 def curate(
@@ -147,8 +172,6 @@ def _check(filters: Sequence[Filter | GlobalFilter]) -> None:
     for what, counts in (("filters have the name", names), ("filters write the column", columns)):
         if twice := [name for name, count in counts.items() if count > 1]:
             raise ValueError(f"two {what} {twice[0]!r}")
-    if not filters:
-        raise ValueError("no filters: choose some with filter=[sharpness,...]")
 
 
 def _due(manifests: Sequence[Manifest], filters: Sequence[Filter], store: Store, settings: Settings) -> list[list[str]]:

@@ -1,20 +1,12 @@
 """A run's page: `report.html`, one file that shows its curves, its pictures and its configuration."""
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.page import axes, document, figure_of, png_of
 from trainer.run_directory import RunDirectory, read_jsonl
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
-img { max-width: 100%; } figure { margin: 1rem 0; } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; }
-"""
-
 
 _SHOWN = ["step", "samples", "loss", "val/loss", "grad_norm", "samples_per_s", "data_wait", "mfu", "peak_memory_bytes"]
 
@@ -36,37 +28,27 @@ def write_report(directory: RunDirectory, sections: Sequence[str] = ()) -> Path:
     parts += sections
     if directory.config.exists():
         parts.append(f"<h2>Configuration</h2><pre>{html.escape(directory.config.read_text())}</pre>")
-    page = (
-        f"<!doctype html><html><head><meta charset='utf-8'><title>{html.escape(directory.path.name)}</title>"
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
-    )
-    directory.report.write_text(page)
+    directory.report.write_text(document(directory.path.name, parts))
     return directory.report
 
 
 def loss_curve(rows: Sequence[dict[str, Any]]) -> bytes:
     """PNG of training and validation loss over samples seen."""
-    figure, axes = _axes()
+    figure, plot = axes()
     for name, style in (("loss", {"alpha": 0.6}), ("val/loss", {"marker": "o"})):
         points = [(r["samples"], r[name]) for r in rows if r.get(name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set_xlabel("samples")
-    axes.set_yscale("log")
-    axes.legend()
-    return _png(figure)
+            plot.plot(*zip(*points, strict=True), label=name, **style)
+    plot.set_xlabel("samples")
+    plot.set_yscale("log")
+    plot.legend()
+    return png_of(figure)
 
 
 def table(rows: Sequence[tuple[str, object]]) -> str:
     """HTML of a two-column table."""
     cells = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
     return f"<table>{''.join(cells)}</table>"
-
-
-def figure_of(png: bytes, caption: str) -> str:
-    """HTML of a picture with its caption; the PNG travels inside the page."""
-    data = base64.b64encode(png).decode()
-    return f"<figure><img src='data:image/png;base64,{data}'><figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
@@ -78,26 +60,11 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _by_timestep(rows: Sequence[dict[str, Any]]) -> bytes:
-    figure, axes = _axes()
+    figure, plot = axes()
     for name in ("loss_by_t", "val/loss_by_t"):
         row: dict[str, Any] = next((r for r in reversed(rows) if f"{name}/0" in r), {})
         values = [row[f"{name}/{i}"] for i in range(len(row)) if f"{name}/{i}" in row]
-        axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, marker="o", label=name)
-    axes.set_xlabel("t")
-    axes.legend()
-    return _png(figure)
-
-
-def _axes() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+        plot.plot([(i + 0.5) / len(values) for i in range(len(values))], values, marker="o", label=name)
+    plot.set_xlabel("t")
+    plot.legend()
+    return png_of(figure)

@@ -139,7 +139,8 @@ def assess(pictures: Sequence[np.ndarray], asked: Sequence[Scene], seed: int) ->
 
 def report(folder: Path, pictures: Sequence[np.ndarray], asked: Sequence[Scene], verdict: Verdict) -> None:
     """Write the verdict to `composition.json` and the run's page, and print where everything is."""
-    from trainer.report import figure_of, loss_curve, table, write_report
+    from data.page import figure_of
+    from trainer.report import loss_curve, table, write_report
     from trainer.run_directory import RunDirectory, read_jsonl
 
     directory = RunDirectory(str(folder.parent), folder.name)

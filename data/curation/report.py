@@ -1,0 +1,147 @@
+"""What curation found, for people: the funnel of a `where` clause, groups of duplicates, errors."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.curation.sheets import Sheets
+from data.funnel import Funnel, Near, Stage, funnel
+from data.manifest import Manifest
+from data.page import Page, axes, png_of
+from data.scores import open_scores, read_scored, score_names
+from data.store import Store, redact
+
+GROUPS = 4
+"""Groups of duplicates that are shown, the largest first."""
+ON_SHEET = 12
+ERRORS = 20
+"""Errors listed per filter."""
+
+
+def write_report(folder: Path, manifests: Sequence[Manifest], store: Store, where: str | None = None) -> Path:
+    """Write `index.html`, the same as `report.md`, and their pictures.
+
+    Args:
+        folder: for them.
+        manifests: of the shards.
+        store: where they lie.
+        where: the clause whose funnel is shown.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: a wrong clause, or scores that are missing.
+        StoreError: the store fails.
+    """
+    rows = sum(m.rows for m in manifests)
+    page = Page(f"Curation of {rows} samples in {len(manifests)} shards")
+    sheets = Sheets(manifests, store)
+    if where is not None:
+        _show_funnel(page, funnel(manifests, store, where, ON_SHEET), where, sheets)
+    names = score_names(manifests[0].url, store)
+    for name in names:
+        _show_groups(page, name, manifests, store, sheets)
+    _show_errors(page, names, manifests, store)
+    return page.write(folder)
+
+
+def _show_funnel(page: Page, found: Funnel, where: str, sheets: Sheets) -> None:
+    page.heading("Survival")
+    page.paragraph(f"Of {found.total} samples, {found.stages[-1].left} are kept by: {where}")
+    page.table(
+        ["condition", "threshold", "removed alone", "removed after those above", "left"],
+        [
+            (
+                stage.text,
+                "" if stage.threshold is None else f"{stage.threshold:.5g}",
+                _share(stage.removed_alone, found.total),
+                _share(stage.removed, stage.removed + stage.left),
+                _share(stage.left, found.total),
+            )
+            for stage in found.stages
+        ],
+    )
+    for number, stage in enumerate(found.stages, 1):
+        page.heading(stage.text)
+        if stage.histogram is not None:
+            page.picture(f"histogram_{number}", _histogram(stage), f"{stage.column}; dashed: {stage.threshold:.5g}")
+        where_from = "at random" if stage.threshold is None else "nearest to the threshold"
+        for what, near in (("kept", stage.kept), ("dropped", stage.dropped)):
+            if near:
+                png = sheets.draw([(n.shard, n.row) for n in near], [_value(n) for n in near])
+                page.picture(f"{what}_{number}", png, f"Just {what}, {where_from}.")
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} ({count / total:.1%})" if total else "0"
+
+
+def _value(near: Near) -> str:
+    return f"shard {near.shard} row {near.row}" if near.value is None else f"{near.value:.5g}"
+
+
+def _histogram(stage: Stage) -> bytes:
+    assert stage.histogram is not None and stage.threshold is not None
+    figure, plot = axes()
+    for counts, label, alpha in (
+        (stage.histogram.counts, "all", 0.35),
+        (stage.histogram.survivors, "so far kept", 0.9),
+    ):
+        plot.stairs(counts, stage.histogram.edges, fill=True, alpha=alpha, label=label)
+    plot.axvline(stage.threshold, color="black", linestyle="--")
+    plot.set_xlabel(stage.column)
+    plot.set_ylabel("samples")
+    plot.legend()
+    return png_of(figure)
+
+
+def _show_groups(page: Page, name: str, manifests: Sequence[Manifest], store: Store, sheets: Sheets) -> None:
+    """The groups of a filter with a column `..._group`: its number for the members of a group, null for others."""
+    with open_scores(manifests[0], name, store) as file:
+        column = next((c for c in file.schema_arrow.names if c.endswith("_group")), None)
+    if column is None:
+        return
+    members = []
+    for shard, manifest in enumerate(manifests):
+        with open_scores(manifest, name, store) as file:
+            values = file.read(columns=[column])[column]
+        rows = np.flatnonzero(values.is_valid().to_numpy())
+        members.append(np.column_stack([values.drop_null().to_numpy(), np.full(len(rows), shard), rows]))
+    table = np.concatenate(members)
+    groups, counts = np.unique(table[:, 0], return_counts=True)
+    page.heading(f"Groups of {name}")
+    page.paragraph(
+        f"{len(groups)} groups hold {len(table)} samples; without all but one of each, {len(table) - len(groups)} less."
+    )
+    for number, group in enumerate(groups[np.argsort(-counts, kind="stable")[:GROUPS]], 1):
+        places = [(shard, row) for _, shard, row in table[table[:, 0] == group].tolist()]
+        shown = places[:ON_SHEET]
+        png = sheets.draw(shown, [f"shard {shard} row {row}" for shard, row in shown])
+        page.picture(f"{name}_{number}", png, f"Group of {len(places)} samples.")
+
+
+def _show_errors(page: Page, names: Sequence[str], manifests: Sequence[Manifest], store: Store) -> None:
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+    listed = []
+    for name in names:
+        shown = 0
+        for manifest in manifests:
+            scored = read_scored(manifest, name, store)
+            if scored is None:
+                continue
+            counts[name].update(dict(scored.error_counts))
+            for error in scored.errors[: ERRORS - shown]:
+                listed.append((name, redact(manifest.shard), error.key, error.reason, error.detail))
+                shown += 1
+    page.heading("Errors")
+    if not listed:
+        page.paragraph("None.")
+        return
+    page.table(
+        ["filter", "reason", "samples"],
+        [(name, reason, count) for name in names for reason, count in counts[name].most_common()],
+    )
+    page.table(["filter", "shard", "sample", "reason", "detail"], listed)
