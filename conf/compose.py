@@ -119,8 +119,11 @@ def _groups(job: str) -> dict[str, list[str]]:
 
 
 def _named_groups(file: Path) -> list[str]:
-    """Groups, relative to the file's own, that the defaults of a config choose from."""
-    return re.findall(r"^\s*- ([a-z_]+): ", file.read_text(), re.MULTILINE)
+    """Groups, relative to the file's own, that the defaults of a config choose from, or of configs that it extends."""
+    text = file.read_text()
+    extended = [file.with_name(f"{name}.yaml") for name in re.findall(r"^\s*- ([a-z]+)$", text, re.MULTILINE)]
+    inherited = [group for base in extended if base.exists() for group in _named_groups(base)]
+    return inherited + re.findall(r"^\s*- ([a-z_]+): ", text, re.MULTILINE)
 
 
 def nodes(config: Any, path: str = "") -> list[tuple[str, DictConfig]]:

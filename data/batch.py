@@ -34,10 +34,11 @@ class Batch:
         draws: the samples' source of randomness; its length is the batch's, n.
         keys: n sample keys.
         captions: n captions, "" where there is none.
-        images: (n, 3, H, W), uint8 as the loader delivers it.
+        images: (n, 3, H, W), uint8 as the loader delivers it; (n, 0, H, W) where the batch comes with latents instead.
         original_size: (n, 2) int64, height and width before resizing, after EXIF orientation.
         crop: (n, 2) int64, top and left of the crop in the resized image (SDXL, arXiv 2307.01952, section 2.2).
-        fields: further per-sample values, by name: a tensor with n rows or a list of n.
+        fields: further per-sample values, by name: a tensor with n rows or a list of n. Encodings that were computed
+            before (data/encoded.py): "moments", "text/<i>/sequence" and "text/<i>/pooled" of the i-th text encoder.
     """
 
     draws: Draws

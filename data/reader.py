@@ -8,7 +8,7 @@ the same. What goes wrong with the *store* is an error that stops the run: it mu
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from torch.utils.data import Dataset
 from data.batch import Batch, PlannedSlice
 from data.buckets import Buckets
 from data.decode import MAX_PIXELS, WHITE, Color, DecodeError, decode_image
-from data.draws import Draws, slice_draws
+from data.draws import slice_draws
+from data.encoded import MOMENTS
+from data.encoded_reader import EncodedReader, Record
 from data.hashing import mix64, text64
 from data.manifest_reader import ManifestReader
 from data.media_size import media_member
@@ -30,6 +32,7 @@ from data.tar_index import BLOCK
 from data.transforms import Framing, draw_framings, frame
 
 _REPLACE = text64("reader/replace")
+_SMALL = 4096  # bytes
 _MEMBER_COLUMNS = ("key", "extensions", "offsets", "sizes", "checksums")
 
 
@@ -47,12 +50,14 @@ class ReaderSource:
         captions: manifest columns and their weights. One is drawn per sample; where it is empty, the first of the
             others that is not; "" if all are.
         background: colour below transparent pixels.
+        encoded: its encodings, read instead of pictures, of captions, or of both.
     """
 
     name: str
     selection: Selection
     captions: dict[str, float] = field(default_factory=lambda: {"caption": 1.0})
     background: Color = WHITE
+    encoded: EncodedReader | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,14 @@ class Delivery:
         # Between processes, torch moves every tensor through shared memory at the price of an open file descriptor and
         # a message: right for the images, too much for the small ones.
         batch = self.batch
-        small = {"original_size": batch.original_size, "crop": batch.crop, **batch.fields}
-        arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in small.items()}
+        values = {"original_size": batch.original_size, "crop": batch.crop, **batch.fields}
+        arrays = {name: value.numpy() if _is_small(value) else value for name, value in values.items()}
         parts = (batch.draws, batch.keys, batch.captions, batch.images, arrays)
         return _delivery, (self.planned, parts, self.quarantine)
+
+
+def _is_small(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.nbytes <= _SMALL and value.dtype != torch.bfloat16  # numpy has none
 
 
 def _delivery(planned: PlannedSlice, parts: tuple, quarantine: list[QuarantineLine]) -> Delivery:
@@ -85,7 +94,7 @@ def _delivery(planned: PlannedSlice, parts: tuple, quarantine: list[QuarantineLi
 
 @dataclass(frozen=True)
 class _Row:
-    """A sample as the manifest describes it, and the caption drawn for it."""
+    """A sample as the manifest describes it, with what there is of it in an encoding."""
 
     shard: str
     key: str
@@ -94,6 +103,7 @@ class _Row:
     sizes: list[int]
     checksums: list[bytes] | None
     captions: dict[str, str]
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -144,11 +154,17 @@ class SliceReader(Dataset[Delivery]):
         draws = slice_draws(self.seed, planned.step, planned.lane, len(planned.rows))
         framings = draw_framings(draws, self.crop, self.flip)
         rows = self._look_up(planned)
-        images = torch.empty((len(rows), 3, bucket.height, bucket.width), dtype=torch.uint8)
+        columns = [_drawn_column(u, source.captions) for u in draws.unit("caption")]
+        encoding = source.encoded.encoding if source.encoded is not None else None
+        fields = encoding.fields(len(rows), bucket) if encoding is not None else {}
+        # Where latents are read, the images are of no channels.
+        channels = 0 if MOMENTS in fields else 3
+        images = torch.empty((len(rows), channels, bucket.height, bucket.width), dtype=torch.uint8)
 
         def load(slot: int, member: int) -> _Framed | ContentError:
+            encodings = {name: values[slot] for name, values in fields.items()}
             try:
-                return self._load(rows[member], source.background, framings[slot], images[slot])
+                return self._load(source, rows[member], columns[slot], framings[slot], images[slot], encodings)
             except ContentError as error:
                 return error
 
@@ -160,11 +176,11 @@ class SliceReader(Dataset[Delivery]):
         batch = Batch(
             draws=draws,
             keys=[rows[member].key for member in order],
-            captions=_draw_captions(draws, source.captions, [rows[member] for member in order]),
+            captions=[_caption(rows[member], column)[1] for member, column in zip(order, columns, strict=True)],
             images=images,
             original_size=torch.tensor([one.original_size for one in done]),
             crop=torch.tensor([one.crop for one in done]),
-            fields={"flip": torch.tensor([framing.flip for framing in framings])} if self.flip else {},
+            fields={**fields, **({"flip": torch.tensor([one.flip for one in framings])} if self.flip else {})},
         )
         return Delivery(planned, batch, quarantine)
 
@@ -203,12 +219,14 @@ class SliceReader(Dataset[Delivery]):
         found: dict[int, _Row] = {}
         columns = (*_MEMBER_COLUMNS, *source.captions)
         for shard, places in by_shard.items():
-            values = reader.rows(shard, [row for _, row in places], columns)
+            wanted = [row for _, row in places]
+            values = reader.rows(shard, wanted, columns)
+            records = source.encoded.records(shard, wanted) if source.encoded is not None else [{}] * len(wanted)
             for i, (slot, _) in enumerate(places):
                 key, extensions, offsets, sizes, checksums = (values[name][i] for name in _MEMBER_COLUMNS)
                 captions = {name: _text(values[name][i]) for name in source.captions}
                 url = source.selection.shards[shard]
-                found[slot] = _Row(url, key, extensions, offsets, sizes, checksums, captions)
+                found[slot] = _Row(url, key, extensions, offsets, sizes, checksums, captions, records[i])
         return [found[slot] for slot in range(len(found))]
 
     def _map(
@@ -221,7 +239,26 @@ class SliceReader(Dataset[Delivery]):
         with ThreadPoolExecutor(min(self.concurrency, len(rows))) as pool:
             return list(pool.map(load, slots, slots))
 
-    def _load(self, row: _Row, background: Color, framing: Framing, out: Tensor) -> _Framed:
+    def _load(
+        self,
+        source: ReaderSource,
+        row: _Row,
+        column: str,
+        framing: Framing,
+        image: Tensor,
+        encodings: dict[str, Tensor],
+    ) -> _Framed:
+        """Fill a sample's image or its encodings; `column` is the caption column that was drawn for it."""
+        encoded = source.encoded
+        if encoded is not None and MOMENTS in encodings:
+            framed = _Framed(*encoded.load_latent(row.record, framing.flip, encodings[MOMENTS]))
+        else:
+            framed = self._load_image(row, source.background, framing, image)
+        if encoded is not None and encoded.encoding.text is not None:
+            encoded.load_text(row.record, *_caption(row, column), encodings)
+        return framed
+
+    def _load_image(self, row: _Row, background: Color, framing: Framing, out: Tensor) -> _Framed:
         data = self._fetch(row)
         target = (out.shape[1], out.shape[2])
         try:
@@ -261,23 +298,20 @@ class SliceReader(Dataset[Delivery]):
         )
 
 
-def _draw_captions(draws: Draws, weights: dict[str, float], rows: list[_Row]) -> list[str]:
-    columns = list(weights)
-    if len(columns) == 1:
-        return [row.captions[columns[0]] for row in rows]
-    total = sum(weights.values())
-    captions = []
-    for u, row in zip(draws.unit("caption"), rows, strict=True):
-        rest = u * total
-        drawn = columns[-1]
-        for column in columns:
-            rest -= weights[column]
-            if rest < 0:
-                drawn = column
-                break
-        others = (row.captions[column] for column in columns)
-        captions.append(row.captions[drawn] or next((caption for caption in others if caption), ""))
-    return captions
+def _drawn_column(u: float, weights: dict[str, float]) -> str:
+    """The caption column that a uniform number draws."""
+    rest = u * sum(weights.values())
+    for column, weight in weights.items():
+        rest -= weight
+        if rest < 0:
+            return column
+    return list(weights)[-1]
+
+
+def _caption(row: _Row, drawn: str) -> tuple[str, str]:
+    """The column that a sample's caption is of, the drawn one unless that is empty, and the caption."""
+    found = ((column, row.captions[column]) for column in (drawn, *row.captions))
+    return next((one for one in found if one[1]), (drawn, ""))
 
 
 def _text(value: object) -> str:

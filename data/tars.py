@@ -1,5 +1,6 @@
 """The data of a run: sources of tars, from a config to a plan and a loader."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from data.buckets import Bucket, Buckets
 from data.compiled import Compiled, compile_sizes
 from data.dataset import Loader
 from data.decode import MAX_PIXELS
+from data.encoded import Encoding
+from data.encoded_reader import EncodedReader
 from data.index import ensure_indexed
 from data.manifest import STRUCTURE, Checksum, Manifest, open_parquet
 from data.manifest_reader import ManifestReader
@@ -21,6 +24,7 @@ from data.selection import Selection, Split, select
 from data.store import Store, cache_root
 
 _CHUNK = 1 << 20
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class TarData:
         manifest_folder: where manifests go that cannot lie beside their shards.
         cache_folder: for selections; the user's cache folder by default.
         concurrency: requests that a worker has under way at a remote store.
+        encoded: name of an encoding (`millrace encode`) to read latents, text embeddings or both from.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class TarData:
         manifest_folder: str | None = None,
         cache_folder: str | None = None,
         concurrency: int = 16,
+        encoded: str | None = None,
     ) -> None:
         if not sources:
             raise ValueError(
@@ -124,8 +130,18 @@ class TarData:
         self.max_bad_in_a_row, self.log_keys = max_bad_in_a_row, log_keys
         self.block, self.window, self.replan, self.checksum = block, window, replan, checksum
         self.manifest_folder, self.cache_folder, self.concurrency = manifest_folder, cache_folder, concurrency
+        if encoded is not None and not _NAME.fullmatch(encoded):
+            raise ValueError(f"data.encoded={encoded!r}: a name of letters, digits, '-', '_' and '.'")
+        self.encoded = encoded
+        self.encodings: dict[str, Encoding] = {}
+        """By source, what is read instead of pictures or captions; set by who has held it against the run's own."""
         self.store = Store(storage_options, allow_pipe, cache_folder=cache_folder)
         self._manifests: dict[str, list[Manifest]] = {}
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """An encoding whose `fields` are those of all sources."""
+        return next(iter(self.encodings.values()), None)
 
     def manifests(self, name: str) -> list[Manifest]:
         """The manifests of a source's shards, which are indexed if they are not yet."""
@@ -257,7 +273,9 @@ class TarSplit:
         data = self.data
         return SliceReader(
             [
-                ReaderSource(name, self.selections[name], source.captions, _color(source.background))
+                ReaderSource(
+                    name, self.selections[name], source.captions, _color(source.background), self._encoded(name)
+                )
                 for name, source in data.sources.items()
             ],
             self.buckets,
@@ -268,6 +286,13 @@ class TarSplit:
             max_pixels=data.max_pixels,
             concurrency=data.concurrency,
         )
+
+    def _encoded(self, name: str) -> EncodedReader | None:
+        data = self.data
+        if name not in data.encodings:
+            return None
+        assert data.encoded is not None
+        return EncodedReader(data.store, self.selections[name], data.encoded, data.encodings[name])
 
 
 def _source(name: str, given: Source | dict[str, Any]) -> Source:

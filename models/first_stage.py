@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderKL
+from models.fingerprint import fingerprint
+from models.initialization import parameter_generator
 from models.pretrained import ComponentFolder
 
 
@@ -81,10 +83,36 @@ class KLFirstStage(FirstStage):
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """See `FirstStage.encode`. Runs in the parameters' type; the sampling is in float32."""
-        posterior = self.autoencoder.encode(images.to(self._dtype))
-        mean, log_variance = posterior.mean.float(), posterior.log_variance.float()
+        return self.sample(self.moments(images), noise)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """What of images (n, 3, H, W) in [-1, 1] can be kept: mean and log variance of their latents, one after the
+        other, (n, 2 channels, H/f, W/f) in the parameters' type, neither shifted nor scaled."""
+        return torch.cat(self.autoencoder.encode(images.to(self._dtype)), dim=1)
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Moments, in whatever type they were kept, to what `encode` gives of the images; needs no parameters."""
+        mean, log_variance = moments.float().chunk(2, dim=1)
         latents = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
         return (latents - self.autoencoder.shift_factor) * self.autoencoder.scaling_factor
+
+    def fingerprint(self, seed: int, device: torch.device) -> str:
+        """Of all that `moments` depends on. The first stage may be on the meta device.
+
+        Args:
+            seed, device: by which random weights are drawn.
+        """
+        unread = ("decoder", "post_quant_conv")
+        return fingerprint(
+            (name, self._first_value(name, parameter.shape, seed, device))
+            for name, parameter in self.named_parameters()
+            if name.removeprefix("autoencoder.").partition(".")[0] not in unread
+        )
+
+    def _first_value(self, name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+        value = torch.empty(shape, dtype=torch.float32, device=device)
+        self.init_parameter(name, value, parameter_generator(seed, "first_stage", name, device))
+        return value
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `FirstStage.decode`. Runs in the parameters' type."""

@@ -10,7 +10,7 @@ Any subset, order and width of encoders is laid out by the same rule.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.fingerprint import fingerprint
+
 Dtype = Literal["float32", "bfloat16", "float16"]
+Encoded = tuple[Tensor, Tensor]  # a sequence and a pooled vector, of one caption or of several
 
 
 class TextEncoder(nn.Module, ABC):
@@ -28,15 +31,28 @@ class TextEncoder(nn.Module, ABC):
         length: tokens of its sequence.
         width: features of a token.
         pooled_width: features of the vector for the whole caption; 0 where the encoder gives none.
+        shares_positions: whether encoders of the kind, next to each other, lay their features side by side.
+        tokenizer: of captions, where there is one.
     """
 
     length: int
     width: int
     pooled_width: int
+    shares_positions: bool = False
+    tokenizer: Any = None
 
     @abstractmethod
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(n, length, width) and (n, pooled_width), float32, of n captions; longer captions are cut."""
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values: what else changes the outputs, beside weights and tokenizer."""
+        return {"kind": type(self).__name__, "length": self.length, "pooled_width": self.pooled_width}
+
+    def fingerprint(self) -> str:
+        """Of all that the outputs depend on."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items()) if self.tokenizer is not None else []
+        return fingerprint(self.state_dict().items(), {"vocabulary": vocabulary, **self.settings()})
 
 
 class ClipEncoder(TextEncoder):
@@ -53,6 +69,8 @@ class ClipEncoder(TextEncoder):
     Raises:
         ValueError: there are no such weights or tokenizer.
     """
+
+    shares_positions = True
 
     def __init__(
         self,
@@ -122,6 +140,10 @@ class T5Encoder(TextEncoder):
         mean = of_caption.sum(1) / mask.sum(1, keepdim=True)
         return of_caption if self.masked else states, mean[:, : self.pooled_width]
 
+    def settings(self) -> dict[str, Any]:
+        """See `TextEncoder.settings`."""
+        return super().settings() | {"masked": self.masked}
+
 
 class AbsentEncoder(TextEncoder):
     """The place of an encoder that is not loaded: zeros, as if it were always dropped.
@@ -140,6 +162,31 @@ class AbsentEncoder(TextEncoder):
         self.register_buffer("pooled", torch.zeros(1, pooled_width), persistent=False)
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        n = len(captions)
+        return self.sequence.expand(n, -1, -1), self.pooled.expand(n, -1)
+
+
+class StoredEncoder(TextEncoder):
+    """The place of an encoder whose outputs are read from where they are kept: of itself it knows those of "" alone.
+
+    Args:
+        encoder: whose place it takes.
+        sequence, pooled: its outputs of "", (length, width) and (pooled_width,).
+    """
+
+    sequence: Tensor
+    pooled: Tensor
+
+    def __init__(self, encoder: TextEncoder, sequence: Tensor, pooled: Tensor):
+        super().__init__()
+        self.length, self.width, self.pooled_width = encoder.length, encoder.width, encoder.pooled_width
+        self.shares_positions = encoder.shares_positions
+        self.register_buffer("sequence", sequence.float()[None], persistent=False)
+        self.register_buffer("pooled", pooled.float()[None], persistent=False)
+
+    def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Of empty captions alone."""
+        assert not any(captions), "an encoder that is not loaded cannot encode"
         n = len(captions)
         return self.sequence.expand(n, -1, -1), self.pooled.expand(n, -1)
 
@@ -199,15 +246,43 @@ class TextConditioner(nn.Module):
         """
         return self(captions, keep)
 
+    @property
+    def stored(self) -> list[int]:
+        """Numbers of the encoders whose outputs are worth keeping."""
+        return [i for i, encoder in enumerate(self.text_encoders) if not isinstance(encoder, AbsentEncoder)]
+
+    def without_weights(self, nulls: Mapping[int, Encoded]) -> "TextConditioner":
+        """The same layout for outputs that are kept: no encoder of the numbers in `nulls` is loaded.
+
+        Args:
+            nulls: what each of these encoders gives for "": (length, width) and (pooled_width,).
+        """
+        encoders = [
+            StoredEncoder(encoder, *nulls[i]) if i in nulls else encoder  # type: ignore[arg-type]
+            for i, encoder in enumerate(self.text_encoders)
+        ]
+        return TextConditioner(encoders, self.context_dim, self.dropped)  # type: ignore[arg-type]
+
     @torch.no_grad()
-    def forward(self, captions: Sequence[str], keep: Tensor | None = None) -> dict[str, Tensor]:
-        """As `encode`; a call of the module, so that sharded encoders are gathered."""
+    def forward(
+        self,
+        captions: Sequence[str],
+        keep: Tensor | None = None,
+        encoded: Mapping[int, Encoded] | None = None,
+    ) -> dict[str, Tensor]:
+        """As `encode`; a call of the module, so that sharded encoders are gathered.
+
+        Args:
+            encoded: by number of the encoder, its outputs of the captions where they are kept: (n, length, width) and
+                (n, pooled_width). Such an encoder is not run on them.
+        """
+        encoded = encoded or {}
         if keep is None:
             keep = torch.ones(len(captions), self.encoders, dtype=torch.bool)
         assert keep.shape == (len(captions), self.encoders), f"keep is {tuple(keep.shape)} for {len(captions)} captions"
         outputs = [
-            self._encode_one(encoder, captions, kept)  # type: ignore[arg-type]
-            for encoder, kept in zip(self.text_encoders, keep.cpu().unbind(1), strict=True)
+            self._drop(encoder, encoded[i], kept) if i in encoded else self._encode_one(encoder, captions, kept)  # type: ignore[arg-type]
+            for i, (encoder, kept) in enumerate(zip(self.text_encoders, keep.cpu().unbind(1), strict=True))
         ]
         rows = [torch.cat([outputs[i][0] for i in part], dim=-1) for part in self._parts]
         context = torch.cat([F.pad(row, (0, self.context_dim - row.shape[-1])) for row in rows], dim=1)
@@ -225,6 +300,18 @@ class TextConditioner(nn.Module):
             output.new_zeros(len(captions), *output.shape[1:]).index_copy(0, index, output) for output in outputs
         )
         return sequence * mask[:, None, None], pooled * mask[:, None]
+
+    def _drop(self, encoder: TextEncoder, encoded: Encoded, kept: Tensor) -> Encoded:
+        """Outputs that are kept, with what stands for the dropped ones."""
+        sequence, pooled = (output.float() for output in encoded)
+        mask = kept.to(sequence.device)
+        if self.dropped == "zeros":
+            return sequence * mask[:, None, None], pooled * mask[:, None]
+        null_sequence, null_pooled = encoder([""])
+        return (
+            torch.where(mask[:, None, None], sequence, null_sequence),
+            torch.where(mask[:, None], pooled, null_pooled),
+        )
 
 
 @contextmanager
@@ -249,7 +336,7 @@ def _group(encoders: Sequence[TextEncoder]) -> list[list[int]]:
     parts: list[list[int]] = []
     for i, encoder in enumerate(encoders):
         before = encoders[i - 1] if i else None
-        if isinstance(encoder, ClipEncoder) and isinstance(before, ClipEncoder):
+        if before is not None and encoder.shares_positions and before.shares_positions:
             if encoder.length != before.length:
                 raise ValueError(f"CLIP encoders side by side have lengths {before.length} and {encoder.length}")
             parts[-1].append(i)

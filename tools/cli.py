@@ -16,6 +16,7 @@ JOBS = {
     "index": ("data.index", "read tar headers once and write the manifest beside the shards"),
     "curate": ("data.curate", "score every sample with filters: columns beside the manifests, for where clauses"),
     "pack": ("data.pack", "write selected samples as fresh, balanced tars, resized or encoded anew if asked"),
+    "encode": ("trainer.encode", "keep what a run's frozen encoders make of its data, for training to read"),
     "train": ("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
     "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, checkpoint"),

@@ -118,6 +118,8 @@ def preflight(config: Any, ranks: int) -> None:
         check_networks(config, objective)
         trainable = [name for phase in objective.phases for name in phase.trainable]
         check_frozen(config.engine.shard_frozen, objective.networks, trainable)
+        if config.data.encoded is not None and not objective.reads_encodings:
+            raise ConfigError(f"{type(objective).__name__} reads no encodings: leave out data.encoded.")
         lengths = build(config.ema).lengths
     except ConfigError:
         raise

@@ -28,7 +28,7 @@ def build_networks(config: Any, objective: Objective, split: TarSplit, world: Wo
     """
     networks = _on_meta(config, objective)
     if "conditioner" in objective.networks:
-        conditioner = _build_conditioner(config.conditioner, split, world)
+        conditioner = build_conditioner(config.conditioner, split, world)
         networks["conditioner"] = conditioner
         if "denoiser" in networks:
             _check_conditions(networks["denoiser"], conditioner.context_dim, conditioner.pooled_dim)
@@ -74,7 +74,7 @@ def _learns(config: Any) -> bool:
     return "captions" in inspect.signature(target(config["_target_"], "conditioner")).parameters
 
 
-def _build_conditioner(config: Any, split: TarSplit, world: World) -> Any:
+def build_conditioner(config: Any, split: TarSplit, world: World) -> Any:
     """The conditioner; one that learns does so on the main rank, and is loaded by the others afterwards."""
     extra = {"captions": lambda: split.captions(_CAPTIONS)} if _learns(config) else {}
     if world.is_main:

@@ -11,6 +11,7 @@ import torch
 from data.batch import Batch
 from data.buckets import Bucket
 from data.draws import slice_draws
+from data.encoded import MOMENTS, Encoding
 from trainer.engines.base import Engine
 from trainer.objectives.base import Objective
 
@@ -24,6 +25,7 @@ def rehearse(
     slice_size: int,
     slices: int,
     arrange: Callable[[list[Batch]], list[Batch]],
+    encoding: Encoding | None = None,
 ) -> None:
     """Forward and backward through all phases at each shape; collective. Gradients are dropped.
 
@@ -32,12 +34,13 @@ def rehearse(
         slice_size: samples in a slice.
         slices: that a rank serves in a step; as many as one pass takes are rehearsed.
         arrange: slices to passes, as in training.
+        encoding: that slices come with.
 
     Raises:
         RuntimeError: a shape does not fit into the GPU's memory; names it. Or torch's own: a block compiles too often.
     """
     for bucket in buckets:
-        first = arrange([blank(bucket, slice_size, lane).to(engine.device) for lane in range(slices)])[0]
+        first = arrange([blank(bucket, slice_size, lane, encoding).to(engine.device) for lane in range(slices)])[0]
         for phase in objective.phases:
             try:
                 with engine.accumulating(phase, last=True):
@@ -52,14 +55,16 @@ def rehearse(
     log.info("rehearsed %d shapes", len(buckets))
 
 
-def blank(bucket: Bucket, size: int, lane: int = 0) -> Batch:
-    """Black pictures without captions, in a bucket's shape. Their draws are some step's: draws are keyed, and drawing
-    takes nothing from that step."""
+def blank(bucket: Bucket, size: int, lane: int = 0, encoding: Encoding | None = None) -> Batch:
+    """Black pictures without captions, in a bucket's shape, or zeros as their encoding. Their draws are some step's:
+    draws are keyed, and drawing takes nothing from that step."""
+    fields = encoding.fields(size, bucket) if encoding is not None else {}
     return Batch(
         draws=slice_draws(0, 0, lane, size),
         keys=[""] * size,
         captions=[""] * size,
-        images=torch.zeros(size, 3, bucket.height, bucket.width, dtype=torch.uint8),
+        images=torch.zeros(size, 0 if MOMENTS in fields else 3, bucket.height, bucket.width, dtype=torch.uint8),
         original_size=torch.tensor([[bucket.height, bucket.width]] * size),
         crop=torch.zeros(size, 2, dtype=torch.int64),
+        fields=dict(fields),
     )

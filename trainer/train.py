@@ -16,6 +16,7 @@ from trainer.callbacks import Every, Log, UpdateEma
 from trainer.config import Config as Config
 from trainer.config import preflight as preflight
 from trainer.distributed import World, barrier, first_on_node, joined
+from trainer.encodings import use_encodings
 from trainer.hardware import peak_flops
 from trainer.init_from import InitFrom
 from trainer.loop import Callback, Run, fit
@@ -97,6 +98,8 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
 
     # Networks, on an engine.
     networks = build_networks(config, objective, split, world)
+    if data.encoded is not None:
+        networks |= use_encodings(config, data, networks, world)
     optimizers = build_by_phase(config.optimizer, objective.phases, "optimizer")
     schedules = build_by_phase(config.schedule, objective.phases, "schedule")
     engine = build(config.engine).build(networks, objective.phases, optimizers, config.seed, world.device)
@@ -157,7 +160,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
 
     # The loop.
     if config.rehearse:
-        rehearse(objective, engine, shapes, slice_size, len(mine), arrange)
+        rehearse(objective, engine, shapes, slice_size, len(mine), arrange, data.encoding)
     meter.flops_per_sample = sum(share * objective.flops(networks, shape) for shape, share in shares.items())
     peak = config.log.peak_flops or peak_flops(world.device)
     meter.peak_flops = peak * world.size if peak else None

@@ -53,11 +53,13 @@ class Objective(ABC):
         scope: what the losses separate by. "sample": passes may be fused or split freely. "slice": a pass is a slice
             (batch statistics, adaptive GAN weights). "global": a rank's whole share of the batch is one pass, in which
             `losses` gathers from the other ranks what it compares (contrastive losses).
+        reads_encodings: whether it takes from a batch's fields what was encoded before (data/encoded.py).
     """
 
     networks: tuple[str, ...]
     phases: tuple[Phase, ...]
     scope: Scope = "sample"
+    reads_encodings: bool = False
 
     @abstractmethod
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.buckets import Bucket
+from data.encoded import MOMENTS, encoded_texts
 from models.guidance import Guidance
 from models.process import Process
 from models.samplers import Sampler
@@ -30,6 +31,7 @@ class Diffusion(Objective):
 
     networks = ("denoiser", "conditioner", "first_stage")
     phases = (Phase("denoise", ("denoiser",)),)
+    reads_encodings = True
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class Diffusion(Objective):
         keep = torch.ones(len(batch), encoders, dtype=torch.bool)
         if dropout:
             keep = batch.draws.uniform("caption dropout", (encoders,)) >= torch.tensor(self._rates(encoders))
-        return conditioner(batch.captions, keep)
+        return conditioner(batch.captions, keep, encoded=encoded_texts(batch.fields))
 
     def _rates(self, encoders: int) -> Sequence[float]:
         if isinstance(self.caption_dropout, list):
@@ -106,7 +108,10 @@ class Diffusion(Objective):
 
 
 def latents(first_stage: nn.Module, batch: Batch) -> Tensor:
-    """The batch's images in the space that the denoiser works in, (n, C, h, w) float32."""
-    images = batch.images.float() / 127.5 - 1
+    """The batch's images in the space that the denoiser works in, (n, C, h, w) float32: encoded, or of moments that
+    were encoded before. The noise that samples them is the same."""
     shape = first_stage.latent_shape(*batch.target_size)  # type: ignore[operator]
-    return first_stage.encode(images, batch.draws.normal("latent", shape, images.device))  # type: ignore[operator]
+    noise = batch.draws.normal("latent", shape, batch.images.device)
+    if MOMENTS in batch.fields:
+        return first_stage.sample(batch.fields[MOMENTS], noise)  # type: ignore[operator]
+    return first_stage.encode(batch.images.float() / 127.5 - 1, noise)  # type: ignore[operator]
