@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.curation.base import GlobalFilter, ShardColumns
-from data.curation.groups import DisjointSets, rank_groups
+from data.curation.groups import connect, gather, rank_groups
 from data.curation.hamming import near_pairs
 
 
@@ -16,10 +16,12 @@ class Duplicates(GlobalFilter):
     0 for the best of each group and for those alone, so that `duplicate_rank = 0` keeps one of each.
 
     Two samples are duplicates if their files are equal, or if the perceptual hash of one picture is near that of the
-    other or of a window into it; and if both are duplicates of a third. A distance of 8 finds crops of up to 8 % of
-    the sides, together with resizing and strong JPEG compression; one of 10 reaches 10 %. Of random hashes one pair in
-    3.6 * 10**9 is within 8 bits, and two pictures compare 21 pairs. The more samples, the smaller the distance should
-    be: every false pair merges two groups.
+    other or of a window into it. Groups are gathered around the best samples: one that is dropped is a duplicate of the
+    one that is kept in its place, or the same as a duplicate of it, and no chain of likenesses grows beyond that.
+
+    A distance of 8 finds crops of up to 8 % of the sides, together with resizing and strong JPEG compression; one of 10
+    reaches 10 %. Of random hashes one pair in 3.6 * 10**9 is within 8 bits, and two pictures compare 21 pairs: the more
+    samples, the smaller the distance should be. Icons of one style on plain ground lie that near without being equal.
 
     Needs the columns of `content_hash` and `perceptual_hash`.
 
@@ -29,6 +31,7 @@ class Duplicates(GlobalFilter):
     """
 
     name = "duplicates"
+    version = 2
     columns = pa.schema({"duplicate_group": pa.int64(), "duplicate_rank": pa.uint32()})
 
     def __init__(self, distance: int | None = 8, best: str | None = None) -> None:
@@ -44,18 +47,19 @@ class Duplicates(GlobalFilter):
     def score_all(self, shards: Sequence[ShardColumns]) -> Iterator[pa.Table]:
         tables = [shard.read(self.needs) for shard in shards]
         table = pa.concat_tables(tables, promote_options="permissive")
-        sets = DisjointSets(table.num_rows)
-        sets.join(equal_pairs(table["content_hash"]))
-        if self.distance is not None:
-            for a, b in _alike(table["phash"], table["phash_windows"], self.distance):
-                sets.join(zip(a.tolist(), b.tolist(), strict=True))
         order = [_numbers(table["width"]) * _numbers(table["height"])]
         if self.best is not None:
             kind = table[self.best].type
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
                 raise ValueError(f"duplicates.best={self.best!r} is a column of {kind}, not of numbers")
             order.insert(0, _numbers(table[self.best]))
-        groups = rank_groups(sets.firsts(), order)
+        first = np.arange(table.num_rows)
+        connect(first, *_equal(table["content_hash"]))
+        if self.distance is not None:
+            connect(first, *_equal(table["phash"]))
+            pairs = list(_alike(table["phash"], table["phash_windows"], self.distance))
+            first = gather(first, order, *(np.concatenate(side) for side in zip(*pairs, strict=True)))
+        groups = rank_groups(first, order)
         found = pa.table([pa.array(groups.first, mask=groups.alone), pa.array(groups.rank)], list(self.columns.names))
         start = 0
         for shard in shards:
@@ -63,24 +67,20 @@ class Duplicates(GlobalFilter):
             start += shard.rows
 
 
-def equal_pairs(values: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
+def _equal(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours in a chain through all samples of one value; nulls equal nothing."""
     codes = values.dictionary_encode().combine_chunks().indices.to_numpy(zero_copy_only=False)
     order = np.argsort(codes, kind="stable")
     same = np.flatnonzero(codes[order][1:] == codes[order][:-1])  # null is NaN here, which equals nothing
-    return zip(order[same].tolist(), order[same + 1].tolist(), strict=True)
+    return order[same], order[same + 1]
 
 
 def _alike(hashes: pa.ChunkedArray, windows: pa.ChunkedArray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of samples of which one's hash is near the other's, or near that of a window into the other."""
+    """Pairs of samples of which one's hash is near the other's, or near that of a window into the other; one sample
+    stands for all that have its hash."""
     hashed = np.flatnonzero(hashes.is_valid().to_numpy())
-    whole = hashes.drop_null().to_numpy()
-    distinct, member = np.unique(whole, return_inverse=True)
-    # All samples of one hash: a chain through them, then the first stands for them.
-    order = np.argsort(member, kind="stable")
-    same = np.flatnonzero(member[order][1:] == member[order][:-1])
-    yield hashed[order[same]], hashed[order[same + 1]]
-    first = hashed[order[np.flatnonzero(np.diff(member[order], prepend=-1))]]
+    distinct, places = np.unique(hashes.drop_null().to_numpy(), return_index=True)
+    first = hashed[places]
     for a, b in near_pairs(distinct, distinct, distance):
         yield first[a][a < b], first[b][a < b]
     listed = windows.combine_chunks()

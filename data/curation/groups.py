@@ -58,8 +58,7 @@ def rank_groups(first: np.ndarray, keys: Sequence[np.ndarray]) -> Groups:
             the end the sample's number, smallest first. NaN ranks last.
     """
     count = len(first)
-    descending = [np.where(np.isnan(key), np.inf, -key) for key in (np.asarray(k, np.float64) for k in keys)]
-    order = np.lexsort([np.arange(count), *reversed(descending), first])
+    order = _best_first(keys, count, first)
     starts = np.flatnonzero(np.diff(first[order], prepend=-1))
     sizes = np.diff(starts, append=count)
     rank = np.empty(count, np.int64)
@@ -67,6 +66,50 @@ def rank_groups(first: np.ndarray, keys: Sequence[np.ndarray]) -> Groups:
     alone = np.empty(count, bool)
     alone[order] = np.repeat(sizes == 1, sizes)
     return Groups(first, rank, alone)
+
+
+def gather(first: np.ndarray, keys: Sequence[np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Put groups that are alike together, around the best of them: best first, each that is not yet taken takes all
+    that are alike to it. So every sample is in one group with, or alike to, the best of its group, however long a
+    chain of likenesses may be.
+
+    Args:
+        first: (N,) int64, the smallest member of each sample's group.
+        keys: see `rank_groups`.
+        a: (m,) int64, samples whose groups are alike to those of `b`.
+        b: (m,) int64.
+
+    Returns:
+        (N,) int64, the smallest member of each sample's new group.
+    """
+    count = len(first)
+    place = np.empty(count, np.int64)
+    place[_best_first(keys, count)] = np.arange(count)
+    best = place.copy()
+    np.minimum.at(best, first, place)
+    pairs = np.stack([first[a], first[b]], 1)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    pairs = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
+    groups, starts = np.unique(pairs[:, 0], return_index=True)
+    ends = np.append(starts[1:], len(pairs))
+    center = np.arange(count)
+    free = np.ones(count, bool)
+    for i in np.argsort(best[groups]):
+        if free[groups[i]]:
+            alike = pairs[starts[i] : ends[i], 1]
+            taken = alike[free[alike]]
+            center[taken] = groups[i]
+            free[taken] = free[groups[i]] = False
+    center = center[first]
+    smallest = np.full(count, count)
+    np.minimum.at(smallest, center, np.arange(count))
+    return smallest[center]
+
+
+def _best_first(keys: Sequence[np.ndarray], count: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """The order of samples by their keys, within groups."""
+    descending = [np.where(np.isnan(key), np.inf, -key) for key in (np.asarray(k, np.float64) for k in keys)]
+    return np.lexsort([np.arange(count), *reversed(descending), *([groups] if groups is not None else [])])
 
 
 def connect(first: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from shard_files import write_tar
 
 from data.curate import curate
 from data.curation.duplicates import Duplicates
-from data.curation.groups import DisjointSets, rank_groups
+from data.curation.groups import DisjointSets, gather, rank_groups
 from data.curation.hamming import near_pairs
 from data.curation.hashes import ContentHash, PerceptualHash
 from data.index import ensure_indexed
@@ -58,6 +58,16 @@ def test_groups_are_connected_and_ranked():
     groups = rank_groups(sets.firsts(), [np.array([0, np.nan, 1, 0, 0, 2, 1]), np.array([0, 0, 1, 0, 0, 0, 2])])
     assert groups.rank.tolist() == [0, 1, 2, 0, 0, 0, 1]
     assert groups.alone.tolist() == [True, False, False, False, True, False, False]
+
+
+def test_groups_gather_around_the_best_and_do_not_grow_by_chains():
+    """0 - 1 - 2 - 3 - 4 are alike each to the next; 5 equals 2."""
+    first = np.array([0, 1, 2, 3, 4, 2])
+    a, b = np.array([0, 2, 3, 3]), np.array([1, 1, 2, 4])
+    gathered = gather(first, [np.array([0, 1, 3, 2, 0, 4])], a, b)
+    assert gathered.tolist() == [0, 1, 1, 1, 4, 1]
+    nothing = np.array([], np.int64)
+    assert gather(first, [np.zeros(6)], nothing, nothing).tolist() == first.tolist()
 
 
 def write_variants(folder: Path, originals: int) -> dict[str, int]:
