@@ -9,7 +9,7 @@ from drawn_clips import decode, encode, moving, texture
 from shard_files import picture, write_tar
 
 from data import video
-from data.curate import curate
+from data.curate import Settings, curate
 from data.curation.base import Failure, Filter, Media
 from data.curation.motion import Motion
 from data.curation.probe import Probe
@@ -50,7 +50,6 @@ def test_all_filters_share_one_decoding_and_pictures_filters_see_three_frames(tm
         "data.curation.video.decode_frames",
         lambda data, *rest: decoded.append(data) or video.decode_frames(data, *rest),
     )
-    from data.curate import Settings
 
     filters = [Brightness(), Motion(), Static(), Probe()]
     scored = curate([manifest], filters, store, Settings(max_errors=0.5))
