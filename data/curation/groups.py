@@ -126,6 +126,6 @@ def connect(first: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
         apart = low != high
         if not apart.any():
             return
-        np.minimum.at(first, high[apart], low[apart])
+        first[high[apart]] = low[apart]  # of several pairs one takes hold; the others are seen to in the next round
         while not np.array_equal(up := first[first], first):
             first[:] = up

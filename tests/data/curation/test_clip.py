@@ -3,6 +3,8 @@
 import io
 import pickle
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -311,3 +313,31 @@ def test_one_pass_serves_all_columns_and_a_later_head_needs_none(tmp_path, clip_
         assert told["image_path"] == [f"{shard}-{i}" for i in (0, 1, 2, 3, 5)]
         assert told["caption"] == ["a red circle", "a red circle", None, "a red circle", "a red circle"]
         assert told["url"] == [f"u{key}" for key in told["image_path"]]
+
+
+@pytest.mark.slow
+def test_the_command_line_embeds_judges_and_groups_in_one_go(tmp_path, clip_folder):
+    manifests = write_shards(tmp_path / "data")
+    path = save_head(nn.Linear(10, 1), tmp_path / "head.safetensors")
+    command = [
+        f"shards={tmp_path / 'data'}",
+        "filter=[clip,aesthetic,semantic_duplicates]",
+        f"filter.clip.model={clip_folder}",
+        f"+filter.clip.heads.clip_direct={{_target_: data.curation.heads.Head, path: {path}}}",
+        f"filter.aesthetic.head.path={path}",
+        "filter.semantic_duplicates.best=clip_aesthetic",
+        f"filter.semantic_duplicates.scratch={tmp_path}",
+        "max_errors=0.2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.cli", "curate", *command], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert "clip: 2 of 2 shards scored, 2 errors" in done.stdout
+    assert "clip_aesthetic: 2 of 2 shards scored, 0 errors" in done.stdout
+    later, direct = column(manifests, "clip_aesthetic", "clip_aesthetic"), column(manifests, "clip", "clip_direct")
+    judged = [i for i in range(12) if i % 6 != 4]
+    assert [later[i] for i in judged] == pytest.approx([direct[i] for i in judged], abs=2e-3)
+    ranks = column(manifests, "semantic_duplicates", "semantic_rank")
+    assert [rank is None for rank in ranks] == [i % 6 == 4 for i in range(12)]
+    assert min(judged, key=lambda i: -later[i]) in [i for i in judged if ranks[i] == 0]
