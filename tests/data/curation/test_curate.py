@@ -1,5 +1,6 @@
 """The curate job over real tars, as users run it."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from shard_files import picture, write_tar
 
-from data.curate import Settings, curate
+from conf.compose import compose
+from conf.schema import build, check
+from data.curate import Config, Settings, curate
 from data.curation.sharpness import Sharpness
 from data.decode import decode_image
 from data.index import ensure_indexed
@@ -177,3 +180,13 @@ def test_all_filters_of_a_pass_see_the_same_samples_decoded_once(tmp_path, monke
         again = Reader("three")
         again.columns = one.columns
         curate(manifests, [one, again], store)
+
+
+@pytest.mark.parametrize("choice", ["images", "duplicates", "[blank,content_hash]", "text_area"])
+def test_the_filters_of_pictures_can_be_chosen_and_have_names_and_columns_of_their_own(choice):
+    config = compose("curate", ["shards=x", f"filter={choice}"])
+    check(config, Config)
+    filters = [build(node) for node in config.filter.values()]
+    columns = [column for one in filters for column in one.columns.names]
+    assert len({one.name for one in filters}) == len(filters) and len(set(columns)) == len(columns)
+    assert all(json.loads(json.dumps(one.settings())) == one.settings() for one in filters)
