@@ -77,5 +77,12 @@ def load_model(kind: Any, folder: Path, dtype: Dtype, device: Device) -> Any:
 
 
 def find_device(device: Device) -> torch.device:
-    """The device: for "auto" the GPU if there is one."""
-    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    """The device: for "auto" the GPU if there is one.
+
+    Raises:
+        ValueError: "cuda" where there is none.
+    """
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ValueError("device=cuda, but torch finds no GPU on this machine: use device=auto or device=cpu")
+    return torch.device("cuda" if found and device != "cpu" else "cpu")

@@ -150,6 +150,20 @@ def test_models_that_are_not_whole_are_refused(clip_folder, tmp_path):
         Clip(str(pickled), device="cpu").score(samples())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_named(clip_folder):
+    with pytest.raises(ValueError, match="finds no GPU"):
+        Clip(str(clip_folder), device="cuda").score(samples())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_embeds_as_a_cpu_does(clip_folder):
+    shown = [s.image for s in samples()]
+    cpu, gpu = (Embedder(clip_folder, "float32", device).images(shown) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(gpu, cpu, atol=1e-4)
+
+
 # --- heads --------------------------------------------------------------------------------------------------------
 
 
