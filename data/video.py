@@ -89,14 +89,13 @@ def read_timeline(data: bytes) -> Timeline:
     Raises:
         VideoError: not a clip, or one without frames or with frames at no or equal times.
     """
-    with open_video(data) as (container, stream):
-        return _timeline(_packets(container, stream), stream)
+    with open_clip(data) as clip:
+        return clip.timeline
 
 
 def _packets(container: "InputContainer", stream: "VideoStream") -> list["av.Packet"]:
-    """A stream's packets that get shown, in the order in which they are decoded."""
-    # The last packet is an empty one that flushes decoders; those before a container's edit begins are not shown.
-    return [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    """A stream's packets, in the order in which they are decoded, without the empty one that flushes decoders."""
+    return [packet for packet in container.demux(stream) if packet.size]
 
 
 def _time(packet: "av.Packet") -> int | None:
@@ -130,28 +129,48 @@ def _timeline(packets: list["av.Packet"], stream: "VideoStream") -> Timeline:
     return Timeline(np.append(shown, shown[-1] + max(last, 1)), key, parts, size, stream.time_base)
 
 
-def decode_frames(data: bytes, timeline: Timeline, start: int, end: int) -> Iterator["av.VideoFrame"]:
-    """Frames [start, end) of a clip, in order; decoding begins at the key frame before them.
+class Clip:
+    """A clip that is open, all its packets in memory.
 
-    Raises:
-        VideoError: not a clip, or damaged.
+    Attributes:
+        timeline: of its frames.
     """
-    first, after = _bounds(timeline, start, end)
-    keys = np.flatnonzero(timeline.key[: start + 1])
-    before = int(timeline.pts[keys[-1]]) if len(keys) else None  # where decoding begins
-    with open_video(data) as (container, stream):
-        # Not by seeking, which in some containers misses the key frame; reading packets from memory costs little.
-        for packet in container.demux(stream):
-            if before is not None and packet.size and _time(packet) != before:
-                continue
-            before = None
-            for frame in packet.decode():
+
+    def __init__(self, packets: list["av.Packet"], stream: "VideoStream") -> None:
+        self.timeline = _timeline([packet for packet in packets if not packet.is_discard], stream)
+        self._packets, self._stream = packets, stream
+
+    def frames(self, start: int, end: int) -> Iterator["av.VideoFrame"]:
+        """Frames [start, end), in order; decoding begins at the key frame before them.
+
+        Raises:
+            VideoError: no such frames, or damage.
+        """
+        first, after = _bounds(self.timeline, start, end)
+        keys = np.flatnonzero(self.timeline.key[: start + 1])
+        begin = int(self.timeline.pts[keys[-1]]) if len(keys) else None
+        # Not by seeking, which in some containers misses the key frame.
+        skipped = next((i for i, packet in enumerate(self._packets) if _time(packet) == begin), 0)
+        self._stream.codec_context.flush_buffers()
+        for packet in [*self._packets[skipped:], None]:
+            for frame in self._stream.decode(packet):
                 if frame.pts is None:
                     raise VideoError("frames without a time")
                 if frame.pts >= after:
                     return
                 if frame.pts >= first:
                     yield frame
+
+
+@contextmanager
+def open_clip(data: bytes) -> Iterator[Clip]:
+    """A clip, to be decoded.
+
+    Raises:
+        VideoError: not a clip; also for whatever FFmpeg raises inside the `with`.
+    """
+    with open_video(data) as (container, stream):
+        yield Clip(_packets(container, stream), stream)
 
 
 def _bounds(timeline: Timeline, start: int, end: int) -> tuple[int, int]:
@@ -183,7 +202,8 @@ def _copy(data: bytes, start: int, end: int) -> bytes:
 
     target = io.BytesIO()
     with open_video(data) as (container, stream):
-        packets = _packets(container, stream)
+        # What precedes the start of a container's edit is decoded, but not shown.
+        packets = [packet for packet in _packets(container, stream) if not packet.is_discard]
         timeline = _timeline(packets, stream)
         first, after = _bounds(timeline, start, end)
         if timeline.copyable(start, end) != (start, end):
@@ -215,10 +235,10 @@ def _encode(data: bytes, start: int, end: int, crf: int) -> bytes:
     import av
 
     target = io.BytesIO()
-    with av.open(target, "w", format="mp4", options=_SAME_BYTES) as output:
+    with open_clip(data) as clip, av.open(target, "w", format="mp4", options=_SAME_BYTES) as output:
         encoder = None
         begin = 0
-        for frame in decode_frames(data, read_timeline(data), start, end):
+        for frame in clip.frames(start, end):
             assert frame.pts is not None and frame.time_base is not None
             if encoder is None:
                 rate = Fraction(1) / (frame.duration * frame.time_base) if frame.duration else Fraction(25)

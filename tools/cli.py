@@ -19,7 +19,7 @@ JOBS = {
     "encode": ("trainer.encode", "keep what a run's frozen encoders make of its data, for training to read"),
     "train": ("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
-    "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, checkpoint"),
+    "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, checkpoint, curate"),
 }
 
 USAGE = """\

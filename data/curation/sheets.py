@@ -15,7 +15,7 @@ from data.manifest import Manifest
 from data.manifest_reader import ManifestReader
 from data.media_size import media_member
 from data.store import Store
-from data.video import VideoError, decode_frames, read_timeline
+from data.video import VideoError, open_clip
 
 TILE = 144
 """Pixels of a small picture's longer side."""
@@ -86,11 +86,11 @@ def picture_of(sample: Media) -> np.ndarray:
         raise DecodeError("no picture or clip")
     if sample.kind == "image":
         return sample.image
-    timeline = read_timeline(sample.data)
-    start, end = sample.span or (0, len(timeline))
-    middle = (start + end) // 2
-    for frame in decode_frames(sample.data, timeline, middle, middle + 1):
-        return Frame(frame, 0, 1, 0.0).image
+    with open_clip(sample.data) as clip:
+        start, end = sample.span or (0, len(clip.timeline))
+        middle = (start + end) // 2
+        for frame in clip.frames(middle, middle + 1):
+            return Frame(frame, 0, 1, 0.0).image
     raise VideoError("no frame could be decoded")
 
 

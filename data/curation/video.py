@@ -12,7 +12,7 @@ import numpy as np
 
 from data.curation.base import Failure, Filter, Media
 from data.curation.sharpness import shrink
-from data.video import Timeline, VideoError, decode_frames, read_timeline
+from data.video import Clip, Timeline, VideoError, open_clip
 
 if TYPE_CHECKING:
     import av
@@ -94,26 +94,25 @@ def score_together(
 ) -> list[Mapping[str, Any] | Failure]:
     """What each filter makes of a clip, which is decoded once. `others` see its frames too."""
     try:
-        timeline = read_timeline(sample.data)
-        scorers = [one.watch(timeline) for one in filters]
-        _show(sample, timeline, [*scorers, *others])
+        with open_clip(sample.data) as clip:
+            scorers = [one.watch(clip.timeline) for one in filters]
+            _show(clip, sample.span or (0, len(clip.timeline)), [*scorers, *others])
     except VideoError as error:
         return [Failure("undecodable clip", str(error))] * len(filters)
     return [scorer.scores() for scorer in scorers]
 
 
-def _show(sample: Media, timeline: Timeline, watchers: Sequence[Watcher]) -> None:
-    """Decode a clip once for all watchers.
+def _show(clip: Clip, span: tuple[int, int], watchers: Sequence[Watcher]) -> None:
+    """Decode frames of a clip once for all watchers.
 
     Raises:
         VideoError: that cannot be done to its end.
     """
-    start, end = sample.span or (0, len(timeline))
     index, begin = 0, 0.0
-    for frame in decode_frames(sample.data, timeline, start, end):
-        assert frame.time is not None, "decode_frames goes by times"
+    for frame in clip.frames(*span):
+        assert frame.time is not None, "frames are found by their times"
         begin = frame.time if index == 0 else begin
-        seen = Frame(frame, index, end - start, frame.time - begin)
+        seen = Frame(frame, index, span[1] - span[0], frame.time - begin)
         for watcher in watchers:
             watcher.see(seen)
         index += 1

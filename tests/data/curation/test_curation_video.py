@@ -8,7 +8,6 @@ import pytest
 from drawn_clips import decode, encode, moving, texture
 from shard_files import picture, write_tar
 
-from data import video
 from data.curate import Settings, curate
 from data.curation.base import Failure, Filter, Media
 from data.curation.motion import Motion
@@ -18,6 +17,7 @@ from data.curation.video import combine
 from data.index import ensure_indexed
 from data.scores import open_scores
 from data.store import Store
+from data.video import Clip
 
 
 class Brightness(Filter):
@@ -46,14 +46,11 @@ def test_all_filters_share_one_decoding_and_pictures_filters_see_three_frames(tm
     store = Store()
     (manifest,) = ensure_indexed([str(tmp_path / "0.tar")], store)
     decoded = []
-    monkeypatch.setattr(
-        "data.curation.video.decode_frames",
-        lambda data, *rest: decoded.append(data) or video.decode_frames(data, *rest),
-    )
-
+    frames = Clip.frames
+    monkeypatch.setattr(Clip, "frames", lambda clip, *span: decoded.append(span) or frames(clip, *span))
     filters = [Brightness(), Motion(), Static(), Probe()]
     scored = curate([manifest], filters, store, Settings(max_errors=0.5))
-    assert decoded == [clip]
+    assert decoded == [(0, 61)]
     whole = decode(clip)
     shown = [whole[0], whole[30], whole[60]]
     a, b, c, d = scores(manifest, "brightness", store)
