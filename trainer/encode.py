@@ -7,6 +7,7 @@ where it was, and ends with the same bytes.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ from data.encoded import (
     write_nulls,
 )
 from data.manifest import Manifest
-from data.store import remove_leftovers
+from data.store import redact, remove_leftovers
 from data.tars import Source, TarData
 from data.tasks import Task, Tasks, run_tasks
 from models.text import TextConditioner
@@ -158,9 +159,11 @@ def _prepare(config: Any, data: TarData, buckets: Buckets, world: World) -> tupl
         for manifest, rows in zip(data.manifests(name), rows_of(selections[name]), strict=True)
         if len(rows)
     ]
-    urls = [job.manifest.url for job in jobs]
-    if twice := [url for url in urls if urls.count(url) > 1] if len(set(urls)) < len(urls) else []:
-        raise ConfigError(f"data.sources: two of them have the shard of {twice[0]}, which can be encoded for one only.")
+    url, count = Counter(job.manifest.url for job in jobs).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(
+            f"data.sources: {count} of them have the shard of {redact(url)}, which is encoded for one only."
+        )
     if world.is_main and "conditioner" in networks:
         nulls = _encode_texts(networks["conditioner"], [""], getattr(torch, settings.dtype), trim=False)[0]
         write_nulls([job.manifest for job in jobs], data.encoded, nulls, data.store)

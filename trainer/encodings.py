@@ -39,9 +39,16 @@ def use_encodings(config: Any, data: TarData, networks: dict[str, nn.Module], wo
     Raises:
         ValueError: an encoding is missing, or differs; names what.
     """
-    found: list[Any] = [_checked(config, data, networks, world) if world.is_main else None]
+    found: list[Any] = [None]
+    if world.is_main:
+        try:
+            found = [_checked(config, data, networks, world.device)]
+        except (ValueError, OSError) as error:  # for all ranks to raise: none is left waiting
+            found = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
     data.encodings = found[0]
     conditioner = networks.get("conditioner")
     if data.encoding is None or data.encoding.text is None or config.samples.every is not None:
@@ -51,12 +58,12 @@ def use_encodings(config: Any, data: TarData, networks: dict[str, nn.Module], wo
     return {"conditioner": conditioner.without_weights(read_nulls(first.url, data.encoded, data.store))}
 
 
-def _checked(config: Any, data: TarData, networks: dict[str, nn.Module], world: World) -> dict[str, Encoding]:
+def _checked(config: Any, data: TarData, networks: dict[str, nn.Module], device: torch.device) -> dict[str, Encoding]:
     """The encoding of each source."""
     assert data.encoded is not None
     selections = {name: data.select(name, None) for name in data.sources}
     parts = _parts_there(data, selections)
-    latents = latent_settings(config, data, networks["first_stage"], world.device) if "latents" in parts else None
+    latents = latent_settings(config, data, networks["first_stage"], device) if "latents" in parts else None
     encoders = encoder_settings(networks["conditioner"]) if "text" in parts else None
     precision = config.engine.precision
     return {

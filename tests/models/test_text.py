@@ -149,6 +149,35 @@ def test_a_dropped_encoder_is_zero_in_its_own_place_and_nowhere_else(sd3: Path):
         torch.testing.assert_close(actual["pooled"], expected["pooled"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dropped", ["zeros", "empty"])
+def test_outputs_that_are_kept_give_the_same_conditions_without_encoders(sd3: Path, dropped):
+    conditioner = three(sd3, dropped=dropped)
+    encoders = dict(enumerate(conditioner.text_encoders))
+    nulls = {i: tuple(output[0] for output in encoder([""])) for i, encoder in encoders.items()}
+    bare = conditioner.without_weights(nulls)
+    assert not list(bare.parameters()) and bare.context_length == conditioner.context_length
+    encoded = {i: encoder(CAPTIONS) for i, encoder in encoders.items()}
+    for seed in range(4):
+        keep = torch.rand(3, 3, generator=torch.Generator().manual_seed(seed)) < 0.5
+        expected = conditioner.encode(CAPTIONS, keep)
+        for one in (conditioner, bare):
+            actual = one(CAPTIONS, keep, encoded=encoded)
+            torch.testing.assert_close(actual["context"], expected["context"], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(actual["pooled"], expected["pooled"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_text_encoders_fingerprint_tells_weights_settings_and_vocabulary_apart(sd3: Path, tmp_path: Path):
+    assert t5(sd3).fingerprint() == t5(sd3).fingerprint()
+    changed = t5(sd3)
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1e-3
+    prints = {changed.fingerprint(), t5(sd3).fingerprint(), t5(sd3, length=5).fingerprint()}
+    prints |= {t5(sd3, masked=True).fingerprint(), t5(sd3, pooled=True).fingerprint()}
+    train_tokenizer(["other words altogether"], tmp_path / "other", vocab_size=40)
+    prints.add(T5Encoder(str(sd3), "text_encoder_3", tokenizer=str(tmp_path / "other")).fingerprint())
+    assert len(prints) == 6
+
+
 def test_all_encoders_dropped_gives_zeros_and_still_calls_every_encoder(sd3: Path):
     conditioner = three(sd3)
     called = []

@@ -17,7 +17,8 @@ from safetensors.torch import load
 
 from conf.compose import compose
 from conf.errors import ConfigError
-from conf.schema import check
+from conf.schema import build, check
+from data.encoded import read_stored
 from tests.data.shard_files import write_tar
 from tests.trainer.jobs import SMALL, train_on
 from tests.trainer.ranks import ranks
@@ -36,7 +37,13 @@ BASE = [
     *("buckets=tiny", "buckets.sizes=[[32,32],[24,40],[40,24]]", "data.crop=center", "data.flip=true"),
     *("data.sources.s.caption={caption: 1.0, other: 1.0}", "data.holdout=0.1"),
     *("objective.caption_dropout=0.3", f"steps={STEPS}", f"validation.every={STEPS}", "validation.samples=6"),
-    *("model.in_channels=4", "model.out_channels=4", "model.joint_attention_dim=32", "model.pooled_projection_dim=32"),
+    *(
+        "model.patch_size=2",
+        "model.in_channels=4",
+        "model.out_channels=4",
+        "model.joint_attention_dim=32",
+        "model.pooled_projection_dim=32",
+    ),
 ]
 
 
@@ -140,7 +147,7 @@ def on_the_fly(folder) -> list[float]:
 
 def test_training_from_float32_encodings_equals_encoding_on_the_fly_on_any_ranks(folder, on_the_fly):
     assert len(on_the_fly) == STEPS + 1
-    assert trained(1, folder, "whole", "data.encoded=whole", "data.workers=1") == pytest.approx(on_the_fly, rel=1e-5)
+    assert trained(1, folder, "whole", "data.encoded=whole") == pytest.approx(on_the_fly, rel=1e-5)
     assert trained(2, folder, "whole2", "data.encoded=whole") == pytest.approx(on_the_fly, rel=1e-4)
     keys = [read_jsonl(folder / "runs" / name / "keys.jsonl") for name in ("fly", "whole", "whole2")]
     assert keys[0] == keys[1] == keys[2]
@@ -181,6 +188,24 @@ def test_samples_have_members_for_what_there_is_of_them(folder):
             assert 0 < len(text["0.sequence"]) <= 12 and text["0.sequence"][-1].any()
 
 
+def test_encodings_come_from_workers_as_they_are_read_here(folder):
+    config = compose("train", overrides(folder, "data.encoded=half"))
+    encode_on(1, folder, "data.encoded=half", "encode.batch=5")
+    data, buckets = build(config.data), build(config.buckets)
+    stored = read_stored(data.manifests("s")[0], "half", data.store)
+    assert stored is not None
+    data.encodings = {"s": stored.encoding}
+    split = data.open(buckets)
+    loaders = [split.loader(split.plan(2, 3, seed=0), range(2), workers=workers) for workers in (0, 1)]
+    for step in range(2):
+        for here, there in zip(*(loader.step(step) for loader in loaders), strict=True):
+            assert here.images.shape == there.images.shape == (3, 0, *here.target_size)
+            assert here.fields["moments"].dtype == torch.bfloat16 and here.fields.keys() == there.fields.keys()
+            for name, values in here.fields.items():
+                assert torch.equal(torch.as_tensor(values), torch.as_tensor(there.fields[name])), name
+    loaders[1].close()
+
+
 def test_tasks_give_the_same_bytes_and_what_is_done_is_left(folder):
     encode_on(2, folder, "data.encoded=two", "encode.dtype=float32", "encode.batch=5")
     assert files(folder, "two") == files(folder, "whole")
@@ -210,7 +235,7 @@ def test_what_is_selected_must_be_encoded_and_what_changed_is_encoded_again(tmp_
     small = "data.sources.s.where=width < 60"
     encode_on(1, tmp_path, *text, small, "data.flip=false")
     arguments = [*SMALL, *overrides(tmp_path, *text[:2], "name=run", "steps=1", "validation.every=null")]
-    assert "of the samples selected of" in ranks(1).run(train_here, arguments)[0]
+    assert "8 of the samples selected of" in ranks(1).run(train_here, [*arguments, "data.flip=false"])[0]
     assert "no mirrored pictures" in ranks(1).run(train_here, [*arguments, small])[0]
     assert ranks(1).run(train_here, [*arguments, small, "data.flip=false"]) == [""]
     before = files(tmp_path, "some")
@@ -244,23 +269,23 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_bytes(tmp_path, fo
     write_shards(tmp_path, shards=6, size=12)
     arguments = overrides(tmp_path, f"conditioner.folder={folder}/text_encoder", "encode.batch=1")
     context = multiprocessing.get_context("forkserver")
-    started = time.monotonic()
-    reference = context.Process(target=encode_here, args=([*arguments, "data.encoded=once"],))
-    reference.start()
-    reference.join()
-    assert reference.exitcode == 0
-    duration = time.monotonic() - started
-    rng = random.Random(0)
-    for _ in range(4):
+    first = context.Process(target=encode_here, args=([*arguments, "data.encoded=once"],))
+    first.start()
+    rng, killed = random.Random(0), encoded_folder(tmp_path, "killed")
+    for reached in (2, 5, 8):  # files, those under way included
         process = context.Process(target=encode_here, args=([*arguments, "data.encoded=killed"],))
         process.start()
-        time.sleep(rng.uniform(0.3, 0.95) * duration)
+        while process.is_alive() and not (killed.exists() and len(list(killed.iterdir())) >= reached):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.03))
         process.kill()
         process.join()
+        assert len(list(killed.iterdir())) < 13, "killed too late to tell anything"
     last = context.Process(target=encode_here, args=([*arguments, "data.encoded=killed"],))
     last.start()
-    last.join()
-    assert last.exitcode == 0
+    for process in (first, last):
+        process.join()
+        assert process.exitcode == 0
     assert files(tmp_path, "killed") == files(tmp_path, "once") and len(files(tmp_path, "once")) == 13
 
 
