@@ -7,12 +7,15 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import ConfigError
+from conf.schema import parameters
 
 ROOT = Path(__file__).parent
 # Mappings whose keys are not all in the composed config: the user's own names, and what takes the place of a null.
@@ -24,26 +27,28 @@ _NAMES = ("name", "average", "validation.ema", "samples.ema", "init_from.ema")
 def compose(job: str, overrides: list[str]) -> DictConfig:
     """The config of a job (`conf/<job>.yaml`) under the given Hydra overrides.
 
-    `shrink` (set by `scale=tiny`) maps class names to values: every node built from that class takes them, below what
-    the command line says. Interpolations are resolved.
+    In this order, later ones above earlier ones: the choices of groups, the experiment's values, the scale's, the
+    command line's. What an experiment sets in a group falls away where the command line or the scale chooses a class
+    that does not take it. `shrink` (set by `scale=tiny`) maps class names to values: every node built from that class
+    takes them, below what the command line says. Interpolations are resolved.
 
     Raises:
         ConfigError: an unknown key, group or choice, an override that does not parse, or an interpolation that fails.
     """
-    overrides = [_parsable(override) for override in overrides]
-    _check_choices(job, overrides)
+    parsed = [_parse(override) for override in overrides]
+    _check_choices(job, parsed)
+    choices = [override for override in parsed if _is_choice(override)]
+    config = DictConfig({})
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
-            config = hydra_compose(job, overrides=overrides)
+            config = hydra_compose(job, overrides=[str(override.input_line) for override in choices])
+        _drop_of_other_classes(config, choices)
+        if "shrink" in config:
+            _shrink(config, OmegaConf.to_container(config.shrink))  # type: ignore[arg-type]
+        # Hydra's own way with values, for which it has no public name: `compose` would apply them before all the above.
+        ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if o not in choices], config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_sentence(job, error)) from error
-    if "shrink" in config:
-        chosen = {override.partition("=")[0] for override in overrides}
-        for group, node in config.replace.items():
-            if group not in chosen:
-                config[group] = node
-        _shrink(config, OmegaConf.to_container(config.shrink))  # type: ignore[arg-type]
-        _reapply(config, overrides)
+        raise ConfigError(_sentence(job, error, config)) from error
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
@@ -54,30 +59,70 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def _parsable(override: str) -> str:
-    """The override as Hydra takes it: a value that does not parse is text (`where=width > 64`), so is a name, and what
-    is under an open mapping may add (Hydra's ++)."""
+def _parse(override: str) -> Override:
+    """The override, parsed: a value that does not parse is text (`where=width > 64`), so is a name, and what is under
+    an open mapping may add (Hydra's ++)."""
     key, equals, value = override.partition("=")
+    parser = OverridesParser.create()
     try:
-        parsed = OverridesParser.create().parse_override(override).value()
-        quote = key in _NAMES and isinstance(parsed, int | float)
-    except HydraException as error:
-        if not equals:
-            raise ConfigError(f"{override!r} is no override: it should look like key=value.") from error
-        quote = True
+        quote = isinstance(parser.parse_override(override).value(), int | float) and key in _NAMES
+    except HydraException:
+        quote = bool(equals)
     if quote:
         escaped = value.replace("'", "\\'")
         override = f"{key}='{escaped}'"
-    return f"++{override}" if _OPEN.match(override) else override
+    try:
+        parsed = parser.parse_override(f"++{override}" if _OPEN.match(override) else override)
+    except HydraException as error:
+        raise ConfigError(f"{key + equals + value!r} is no override: it should look like key=value.") from error
+    if not parsed.key_or_group:
+        raise ConfigError(f"{override!r} is no override: it should look like key=value.")
+    if re.match(r"hydra\b", parsed.key_or_group):
+        raise ConfigError(
+            f"{override!r} sets an option of Hydra, which Millrace does not use: see --help for the keys."
+        )
+    if parsed.is_sweep_override():
+        raise ConfigError(
+            f"{override!r} gives several values: a list is written {key}=[{value}], other text in quotes."
+        )
+    return parsed
 
 
-def _check_choices(job: str, overrides: list[str]) -> None:
+def _is_choice(override: Override) -> bool:
+    """Whether it chooses from a group, which is a folder here."""
+    return (ROOT / override.key_or_group).is_dir() and not isinstance(override.value(), dict)
+
+
+def _drop_of_other_classes(config: DictConfig, choices: list[Override]) -> None:
+    """Remove the values that an experiment or a scale sets in a group, where the class that the command line or the
+    scale chooses there takes no such values."""
+    chosen = {str(o.key_or_group): o.value() for o in choices if o.package is None and not o.is_delete()}
+    if "scale" in chosen:
+        text = (ROOT / "scale" / f"{chosen['scale']}.yaml").read_text()
+        chosen = dict(re.findall(r"^\s*- override /(\S+): (\S+)$", text, re.MULTILINE)) | chosen
+    elif "experiment" not in chosen:
+        return
+    for group, choice in chosen.items():
+        node = OmegaConf.select(config, group.replace("/", "."))
+        if group in ("experiment", "scale") or not isinstance(node, DictConfig) or not isinstance(choice, str):
+            continue
+        # Without a class of its own, it is what its file says, and mappings to objects (by_phase).
+        plain = set() if "_target_" in node else set(OmegaConf.load(ROOT / group / f"{choice}.yaml"))
+        for path, inner in nodes(node):
+            takes = parameters(inner._target_, f"{group}.{path}") if "_target_" in inner else None
+            for key in list(inner):
+                if takes is not None:
+                    stale = not str(key).startswith("_") and not takes(str(key))
+                else:
+                    stale = not path and key not in plain and not isinstance(inner._get_node(key), DictConfig)
+                if stale:
+                    with open_dict(inner):
+                        del inner[key]
+
+
+def _check_choices(job: str, parsed: list[Override]) -> None:
     """Whether the choices of groups are among those that `describe` lists."""
     groups = _groups(job)
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:  # the value is text by now, so it is the key
-        raise ConfigError(f"An override does not parse: {_first_line(error)}.") from error
     for override in parsed:
         group, value = override.key_or_group, override.value()
         options = [] if override.is_delete() else groups.get(group, [])
@@ -85,10 +130,9 @@ def _check_choices(job: str, overrides: list[str]) -> None:
             options = sorted(file.stem for file in (ROOT / group).glob("*.yaml"))
         for choice in value if isinstance(value, list) else [value]:
             choice = "null" if choice is None else choice
-            if options and isinstance(choice, str) and choice not in options:
-                raise ConfigError(
-                    f"Group {group!r} has no choice {choice!r}{_nearest(choice, options)}; it has {', '.join(options)}."
-                )
+            if options and not isinstance(choice, dict) and str(choice) not in options:
+                near = _nearest(str(choice), options)
+                raise ConfigError(f"Group {group!r} has no choice '{choice}'{near}; it has {', '.join(options)}.")
 
 
 def describe(job: str, purpose: str) -> str:
@@ -148,29 +192,26 @@ def _shrink(config: DictConfig, shrink: dict[str, dict]) -> None:
             OmegaConf.update(node, key, value, merge=False, force_add=True)
 
 
-def _reapply(config: DictConfig, overrides: list[str]) -> None:
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
-        if not override.is_delete() and not (ROOT / key.lstrip("/")).is_dir():
-            OmegaConf.update(config, key, override.value(), merge=True)
-
-
-def _sentence(job: str, error: Exception) -> str:
+def _sentence(job: str, error: Exception, config: DictConfig) -> str:
     """Hydra's error as one sentence that names the key, group or choice at fault."""
     text = str(error)
     key = re.search(r"Could not override '([^']+)'", text)
     if key and "in the defaults list" in text:
         return f"{job!r} has no group {key.group(1)!r} to choose (millrace {job} --help lists them)."
     if key and isinstance(error, ConfigCompositionException):
-        return f"{job!r} has no key {key.group(1)!r}{_near_key(job, key.group(1))} (millrace {job} --help lists them)."
+        near = _near_key(config, key.group(1))
+        return f"{job!r} has no key {key.group(1)!r}{near} (millrace {job} --help lists them)."
+    unfit = re.match(r"Error merging override \+*(.*)", text)
+    if unfit:
+        return f"{unfit.group(1)!r} does not fit what is there: {_first_line(error.__cause__ or error)}."
     return f"{_first_line(error)}."
 
 
-def _near_key(job: str, key: str) -> str:
-    with initialize_config_dir(str(ROOT), version_base="1.3"):
-        config = hydra_compose(job)
+def _near_key(config: DictConfig, key: str) -> str:
+    """A hint at a key like the one given, or at one that ends with it (bench.rows for rows)."""
     known = [f"{path}.{name!s}" if path else str(name) for path, node in nodes(config) for name in node]
-    return _nearest(key, known)
+    ends = [name for name in known if name.endswith(f".{key}")]
+    return f" (did you mean {ends[0]!r}?)" if ends else _nearest(key, known)
 
 
 def _nearest(word: str, options: list[str]) -> str:
@@ -178,5 +219,5 @@ def _nearest(word: str, options: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")

@@ -58,16 +58,23 @@ def target(name: str, path: str) -> Callable[..., Any]:
             raise ConfigError(f"{path}._target_ names {name!r}, which cannot be imported: {error}.") from error
 
 
+def parameters(name: str, path: str) -> Callable[[str], bool]:
+    """Whether the constructor that a `_target_` names takes a key."""
+    kinds, _, open_ended = _signature(target(name, path))
+    return lambda key: open_ended or key in kinds
+
+
 def _check(value: dict, schema: Callable[..., Any], path: str) -> None:
     kinds, required, open_ended = _signature(schema)
     for key, item in value.items():
-        if str(key).startswith("_") or (not path and key in ("shrink", "replace", "scale", "experiment")):
+        if str(key).startswith("_") or (not path and key in ("shrink", "scale", "experiment")):
             continue
         where = f"{path}.{key}" if path else str(key)
         if key in kinds:
             _check_value(item, kinds[key], where)
         elif not open_ended:
-            raise ConfigError(f"{where!r} is no key of {_name(schema)}; it takes {', '.join(kinds)}.")
+            takes = f"it takes {', '.join(kinds)}" if kinds else "it takes none"
+            raise ConfigError(f"{where!r} is no key of {_name(schema)}; {takes}.")
     for key in required:
         if key not in value:
             raise ConfigError(f"{path + '.' + key if path else key!r} is missing: {_name(schema)} needs it.")

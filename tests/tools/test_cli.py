@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import pytest
+from omegaconf import OmegaConf
 
 from conf.compose import ROOT, compose
 from conf.errors import ConfigError
@@ -78,6 +79,20 @@ def test_help_of_train_names_groups_and_choices(capsys):
         (["train", "init_from=3"], ["init_from=3"]),
         (["sample", "source=x", "each=0"], ["each=0", "out of range"]),
         (["index", "shards=x", "processes=0"], ["processes=0", "out of range"]),
+        (["bench", "plan", "rows=5"], ["'rows'", "did you mean 'bench.rows'"]),
+        (["bench", "plan", "bench.rowz=5"], ["'bench.rowz'", "did you mean 'bench.rows'"]),
+        (["bench"], ["'bench'"]),
+        (["train", "hydra.run.dir=/tmp"], ["hydra.run.dir", "Hydra"]),
+        (["train", "scale=tiny", "hydra.run.dir=/tmp"], ["hydra.run.dir", "Hydra"]),
+        (["train", "scale=tiny", "data.sources.a.shards=/x", "data.sources.a=3"], ["data.sources.a=3", "Source"]),
+        (["train", "=3"], ["'=3'", "key=value"]),
+        (["train", "--config-name=foo"], ["'--config-name=foo'", "key=value"]),
+        (["train", "data.sources=[a]"], ["'data.sources=[a]' does not fit"]),
+        (["train", "steps=1,2"], ["steps=1,2", "several values", "steps=[1,2]"]),
+        (["train", "engine=3"], ["'engine'", "'3'", "fsdp"]),
+        (["train", "process=edm", "+process.density.mean=3"], ["process.density.mean", "takes none"]),
+        (["train", "experiment=demo/scenes", "engine=deepspeed", "engine.reshard_after_forward=true"], ["reshard"]),
+        (["train", "experiment=demo/scenes", "process=edm", "process.density.mean=0.5"], ["process.density.mean"]),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_it(arguments, named, capsys):
@@ -145,6 +160,50 @@ def test_tiny_fits_any_first_stage(first_stage):
 
     for experiment in EXPERIMENTS:
         preflight(compose("train", ["scale=tiny", f"first_stage={first_stage}", f"experiment={experiment}", SOURCE]), 1)
+
+
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+@pytest.mark.parametrize(
+    ("chosen", "stays", "falls"),
+    [
+        (["engine=deepspeed"], {"engine.precision": "fp32"}, "engine.reshard_after_forward"),
+        (["process=edm"], {"process.path.p_mean": -1.2}, "process.density.mean"),
+        (["process/density=cosmap"], {"process.density._target_": "models.densities.CosMap"}, "process.density.std"),
+        (
+            ["optimizer=by_phase", "+optimizer@optimizer.denoise=adamw"],
+            {"optimizer.denoise.eps": 1e-8},
+            "optimizer.betas",
+        ),
+        (
+            ["schedule=by_phase", "+schedule@schedule.denoise=cosine"],
+            {"schedule.denoise.decay": "cosine"},
+            "schedule.lr",
+        ),
+        (["schedule=cosine"], {"schedule.lr": 3e-3}, "schedule.denoise"),
+        (["buckets=square", "buckets.size=48"], {"buckets.size": 48}, "buckets.sizes"),
+        (["cluster=local"], {"cluster.restarts": 0}, "cluster.tasks"),
+    ],
+)
+def test_an_experiments_values_for_another_class_fall_away(chosen, stays, falls, scale):
+    from trainer.config import preflight
+    from trainer.train import Config
+
+    config = compose("train", ["experiment=demo/scenes", f"scale={scale}", SOURCE, *chosen])
+    check(config, Config)
+    preflight(config, ranks=1)
+    assert {key: OmegaConf.select(config, key) for key in stays} == stays
+    assert OmegaConf.select(config, falls) is None
+
+
+def test_tiny_gives_buckets_that_the_command_line_may_change():
+    config = compose("train", ["experiment=sd3/medium_1024", "scale=tiny", "buckets.sizes=[[64, 64]]"])
+    assert config.buckets == {"_target_": "data.buckets.BucketList", "sizes": [[64, 64]]}
+
+
+def test_the_last_of_several_values_counts_at_any_scale():
+    for scale in ("full", "tiny"):
+        config = compose("train", [f"scale={scale}", "log.wandb=null", "log.wandb.mode=offline", "steps=5", "steps=6"])
+        assert (config.log.wandb, config.steps) == ({"mode": "offline"}, 6)
 
 
 def test_a_name_may_look_like_a_number():
