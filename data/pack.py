@@ -7,7 +7,7 @@ gives the same bytes however often it was stopped and however many tasks share t
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,12 +19,13 @@ import pyarrow as pa
 import xxhash
 
 from conf.errors import ConfigError
+from data.clips import CLIPS_SUFFIX
 from data.manifest import STRUCTURE, Checksum, open_parquet
 from data.manifest_reader import ManifestReader
 from data.members import ContentError
 from data.packing.order import Order, make_order
 from data.packing.pictures import Format, Pictures
-from data.packing.samples import Contents, Packed, Row, check_columns, fetch, pack
+from data.packing.samples import Contents, Packed, Part, Row, check_columns, fetch, pack
 from data.packing.shards import Report, read_report, write_shard
 from data.scores import open_scores, read_scored, score_names
 from data.selection import Selection
@@ -37,6 +38,7 @@ RECORD = "pack.json"
 ROWS_HELD = 1 << 16
 """Samples whose rows a task reads at once, in whole shards: a shuffled shard has samples of nearly all manifests."""
 _MEMBERS = ("key", "extensions", "offsets", "sizes", "width", "height")
+_PART = ("video", "start_frame", "end_frame", "copy_start_frame", "copy_end_frame")
 _FIELDS = {"caption", "url", "original_width", "original_height"}  # for the table, where samples have them
 _REPORT_LINES = 20
 
@@ -57,6 +59,8 @@ class Config:
         format: of pictures.
         quality: of pictures.
         verify: decode pictures that are copied.
+        clips: how clips within videos (`manifest: clips` of a source) are cut out: "copy" at key frames, not encoded
+            anew, or "encode" at exactly their frames.
         columns: of manifests and score files that go into the samples' `.json`.
         max_errors: share of a shard's samples that may be left out because they cannot be read.
         cluster: tasks that share the shards.
@@ -73,6 +77,7 @@ class Config:
     format: Format | None = None
     quality: int = 95
     verify: bool = True
+    clips: Literal["copy", "encode"] = "copy"
     columns: list[str] = field(default_factory=list)
     max_errors: float = 0.1
     cluster: Tasks = field(default_factory=Tasks)
@@ -196,7 +201,7 @@ def prepare(config: Config, data: TarData, pictures: Pictures) -> Job:
     sources = []
     for name, source in data.sources.items():
         red, green, blue = source.background
-        contents = Contents(tuple(source.captions), columns, pictures, (red, green, blue))
+        contents = Contents(tuple(source.captions), columns, pictures, (red, green, blue), config.clips)
         sources.append(PackSource(name, data.select(name, split), contents))
     order = make_order(
         [source.selection for source in sources],
@@ -241,6 +246,7 @@ def _record(config: Config, data: TarData, job: Job, scores: dict[str, str]) -> 
         "seed": job.order.seed,
         "shards": job.order.shards,
         "pictures": asdict(job.sources[0].contents.pictures),
+        "clips": config.clips,
         "columns": sorted(job.types),
         "scores": scores,
         "checksum": data.checksum,
@@ -286,7 +292,8 @@ def _rows(
 ) -> list[Row]:
     """Rows of one shard of a source."""
     columns = _columns(source.contents)
-    values = reader.rows(shard, rows, [*_MEMBERS, "checksums", *columns])
+    parts = _PART if source.selection.manifests[shard].endswith(CLIPS_SUFFIX) else ()
+    values = reader.rows(shard, rows, [*_MEMBERS, "checksums", *parts, *columns])
     made = []
     for i, position in enumerate(positions.tolist()):
         key, extensions = values["key"][i], values["extensions"][i]
@@ -300,9 +307,16 @@ def _rows(
                 members=list(zip(extensions, values["offsets"][i], values["sizes"][i], checksums, strict=True)),
                 size=(values["height"][i], values["width"][i]),
                 values={name: values[name][i] for name in columns},
+                part=_part({name: values[name][i] for name in parts}) if parts else None,
             )
         )
     return made
+
+
+def _part(values: Mapping[str, Any]) -> Part:
+    copyable = (values["copy_start_frame"], values["copy_end_frame"])
+    span = (values["start_frame"], values["end_frame"])
+    return Part(values["video"], span, copyable if copyable[0] is not None else None)
 
 
 def _packed(job: Job, rows: Sequence[Row], task: Task) -> Iterator[Packed]:

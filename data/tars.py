@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.buckets import Bucket, Buckets
+from data.clips import ensure_clips
 from data.compiled import Compiled, compile_sizes
 from data.dataset import Loader
 from data.decode import MAX_PIXELS
@@ -34,6 +35,7 @@ class Source:
     Args:
         shards: tars, folders of tars, globs or brace patterns; paths or URLs.
         where: SQL predicate over manifest and score columns; null keeps all.
+        manifest: "samples", or the "clips" that the filter `cuts` found in them.
         weight: its share of the slices is this over the sum of all sources' weights.
         caption: a manifest column, or several with weights; `caption` is the `.txt` member or else the JSON's caption.
         background: RGB below transparent pixels.
@@ -41,11 +43,14 @@ class Source:
 
     shards: str | list[str]
     where: str | None = None
+    manifest: Literal["samples", "clips"] = "samples"
     weight: float = 1.0
     caption: str | dict[str, float] = "caption"
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
 
     def __post_init__(self) -> None:
+        if self.manifest not in ("samples", "clips"):
+            raise ValueError(f"manifest {self.manifest!r} must be 'samples' or 'clips'")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ValueError(f"background {self.background} must be three numbers from 0 to 255")
         if not self.captions or not all(weight > 0 for weight in self.captions.values()):
@@ -148,6 +153,8 @@ class TarData:
         if name not in self._manifests:
             shards = self.store.expand(self.sources[name].shards)
             found = ensure_indexed(shards, self.store, self.manifest_folder, self.checksum)
+            if self.sources[name].manifest == "clips":
+                found = ensure_clips(found, self.store)
             self._check_captions(name, found)
             self._manifests[name] = found
         return self._manifests[name]

@@ -239,16 +239,17 @@ def _encode(data: bytes, start: int, end: int, crf: int) -> bytes:
         encoder = None
         begin = 0
         for frame in clip.frames(start, end):
-            assert frame.pts is not None and frame.time_base is not None
+            assert frame.pts is not None, "frames are found by their times"
             if encoder is None:
-                rate = Fraction(1) / (frame.duration * frame.time_base) if frame.duration else Fraction(25)
+                time_base = clip.timeline.time_base  # frames that decoders still held at the end come without one
+                rate = 1 / (frame.duration * time_base) if frame.duration else Fraction(25)
                 encoder = output.add_stream("libx264", rate=rate, options={"crf": str(crf), "threads": "1"})
                 encoder.width, encoder.height = frame.width // 2 * 2, frame.height // 2 * 2  # 4:2:0 knows no odd sides
                 encoder.pix_fmt = "yuv420p"
-                encoder.codec_context.time_base = frame.time_base
+                encoder.codec_context.time_base = time_base
                 begin = frame.pts
             clean = frame.reformat(encoder.width, encoder.height, "yuv420p")
-            clean.pts, clean.time_base = frame.pts - begin, frame.time_base
+            clean.pts, clean.time_base = frame.pts - begin, time_base
             clean.pict_type = av.video.frame.PictureType.NONE  # the source's key frames need not be ours
             output.mux(encoder.encode(clean))
         if encoder is None:

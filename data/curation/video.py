@@ -108,11 +108,12 @@ def _show(clip: Clip, span: tuple[int, int], watchers: Sequence[Watcher]) -> Non
     Raises:
         VideoError: that cannot be done to its end.
     """
-    index, begin = 0, 0.0
+    unit = float(clip.timeline.time_base)  # frames that decoders still held at the end do not know it
+    index, begin = 0, 0
     for frame in clip.frames(*span):
-        assert frame.time is not None, "frames are found by their times"
-        begin = frame.time if index == 0 else begin
-        seen = Frame(frame, index, span[1] - span[0], frame.time - begin)
+        assert frame.pts is not None, "frames are found by their times"
+        begin = frame.pts if index == 0 else begin
+        seen = Frame(frame, index, span[1] - span[0], (frame.pts - begin) * unit)
         for watcher in watchers:
             watcher.see(seen)
         index += 1

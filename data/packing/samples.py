@@ -14,9 +14,25 @@ from data.members import ContentError, check_member
 from data.packing.pictures import Picture, Pictures, pack_picture
 from data.store import Store
 from data.tar_index import BLOCK
+from data.video import VideoError, cut
 
 # img2dataset's words: what could not be had, and what could not be decoded or changed.
 Status = Literal["success", "failed_to_download", "failed_to_resize"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where in its video a clip lies.
+
+    Args:
+        video: key of the video.
+        span: frames [start, end).
+        copyable: the frames of these that can be cut out without encoding them anew, if there are any.
+    """
+
+    video: str
+    span: tuple[int, int]
+    copyable: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class Row:
         members: extension, offset, size and checksum (None without one) of each member, in the tar's order.
         size: height and width, pixels.
         values: of all manifest and score columns asked for, by name.
+        part: if it is a clip within a video.
     """
 
     source: str
@@ -40,6 +57,7 @@ class Row:
     members: list[tuple[str, int, int, bytes | None]]
     size: tuple[int, int]
     values: dict[str, Any]
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +69,14 @@ class Contents:
         columns: score and manifest columns that go into the `.json`.
         pictures: what becomes of pictures.
         background: below transparent pixels.
+        clips: how clips are cut out of videos: "copy", at key frames, or "encode", at exactly their frames.
     """
 
     captions: tuple[str, ...]
     columns: tuple[str, ...]
     pictures: Pictures
     background: Color
+    clips: Literal["copy", "encode"] = "copy"
 
 
 @dataclass(frozen=True)
@@ -89,12 +109,20 @@ def fetch(row: Row, store: Store) -> dict[str, bytes] | ContentError:
     begin = min(offset for _, offset, _, _ in row.members) - BLOCK
     end = max(offset + size for _, offset, size, _ in row.members)
     block = memoryview(store.read(row.shard, begin, end - begin))
+    stored_key = row.part.video if row.part else row.key
     found = {}
     try:
         for extension, offset, size, checksum in row.members:
             place = offset - begin
             found[extension] = bytes(block[place : place + size])
-            check_member(bytes(block[place - BLOCK : place]), found[extension], row.key, extension, offset, checksum)
+            check_member(
+                bytes(block[place - BLOCK : place]),
+                found[extension],
+                stored_key,
+                extension,
+                offset,
+                checksum,
+            )
     except ContentError as error:
         return error
     return found
@@ -106,6 +134,7 @@ def pack(row: Row, fetched: dict[str, bytes] | ContentError, contents: Contents)
     Members are copied byte for byte and in their order, but for the picture, where `contents.pictures` asks for
     another, and:
 
+    - of a clip within a video, the video's part;
     - `.txt`: the caption, where the source's captions come from another column than `caption`, or where only the
       `.json` had it. Of several columns it is the first that is not empty, unless `caption` is among them, which stays.
     - `.json`: gains the columns asked for, and all caption columns of several, so that what was packed can be drawn
@@ -127,11 +156,25 @@ def pack(row: Row, fetched: dict[str, bytes] | ContentError, contents: Contents)
                 for name, data in members.items()
             }
             size = new.size
+        elif chosen is not None and row.part is not None:
+            members = _cut_out(members, list(members)[chosen[0]], row.part, contents.clips)
         caption = _put_caption(members, row, contents)
         _put_fields(members, row, contents, size)
-    except (DecodeError, ContentError) as error:
+    except (DecodeError, ContentError, VideoError) as error:
         return Packed(row, "failed_to_resize", str(error))
     return Packed(row, "success", None, tuple(members.items()), caption, size)
+
+
+def _cut_out(members: dict[str, bytes], extension: str, part: Part, how: Literal["copy", "encode"]) -> dict[str, bytes]:
+    """A video's members, with the clip in place of the video."""
+    span = part.span if how == "encode" else part.copyable
+    if span is None:
+        raise ContentError("no frame of the clip is a key frame to cut at: encode it anew with clips=encode")
+    new = f"{extension.rpartition('.')[0]}.mp4".lstrip(".") if how == "encode" else extension
+    if new != extension and new in members:
+        raise ContentError(f"its .{extension} would become .{new}, which it has already")
+    data = cut(members[extension], *span, reencode=how == "encode")
+    return {new if name == extension else name: data if name == extension else other for name, other in members.items()}
 
 
 def _put_caption(members: dict[str, bytes], row: Row, contents: Contents) -> str | None:
@@ -153,7 +196,7 @@ def _put_fields(members: dict[str, bytes], row: Row, contents: Contents, size: t
     has_json = "json" in members
     if size != row.size:
         new |= {"width": size[1], "height": size[0]}
-    if row.new_key != row.key and has_json:
+    if has_json and (row.new_key != row.key or row.part is not None):
         new["key"] = row.new_key
     if not new:
         return
