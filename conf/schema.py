@@ -40,6 +40,8 @@ def build(config: Any, **extra: Any) -> Any:
             raise
         text, at = str(error.__cause__), re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
         path = at.group(1) if at else ""
+        if re.match(r"\w+=", text):  # a constructor's own name for a key: lr=-1.0
+            text = f"{path}.{text}" if path else text
         raise ConfigError(text if text.startswith(path) else f"{path}: {text}") from error
 
 

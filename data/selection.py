@@ -107,6 +107,10 @@ class Selection:
         return list(zip(shards.tolist(), self.row[positions].tolist(), strict=True))
 
 
+class NothingSelectedError(ValueError):
+    """No row is selected; says what became of all rows."""
+
+
 def select(
     manifests: Sequence[Manifest],
     store: Store,
@@ -122,7 +126,8 @@ def select(
     manifests, of both splits.
 
     Raises:
-        ValueError: no shards; nothing selected; a wrong clause (one sentence); scores missing or of a changed shard.
+        NothingSelectedError: a ValueError; nothing is selected.
+        ValueError: no shards; a wrong clause (one sentence); scores missing or of a changed shard.
         StoreError: a store fails, or the cache folder cannot be written to.
     """
     if not manifests:
@@ -137,8 +142,8 @@ def select(
     folder = cache_root(cache_folder) / "selections" / key
     if not (folder / "selection.json").exists():
         temporary = folder.with_name(f".{key}.{os.getpid()}-{threading.get_ident()}")
-        temporary.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.mkdir(parents=True, exist_ok=True)
             _materialise(temporary, scan, clause, holdout, split)
             try:
                 temporary.rename(folder)
@@ -148,7 +153,8 @@ def select(
         except StoreError:
             raise
         except OSError as error:
-            raise StoreError(f"the selection cannot be written to {folder.parent}: {error}") from error
+            reason = error.strerror or error
+            raise StoreError(f"cannot write to {folder.parent}: {reason} (data.cache_folder={cache_folder})") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Selection.open(folder)
@@ -197,7 +203,7 @@ def _materialise(folder: Path, scan: Scan, clause: Where | None, holdout: float,
         total, total - in_this_split, in_this_split - without_size - int(offsets[-1]), without_size, int(offsets[-1])
     )
     if counts.selected == 0:
-        raise ValueError(_nothing_selected(counts, scan, clause, holdout, split))
+        raise NothingSelectedError(_nothing_selected(counts, scan, clause, holdout, split))
     np.save(folder / "shard_offsets.npy", offsets)
     told = {
         "shards": [m.shard for m in scan.manifests],

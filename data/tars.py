@@ -1,5 +1,6 @@
 """The data of a run: sources of tars, from a config to a plan and a loader."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,8 +22,10 @@ from data.mixing import Mixture
 from data.plan import Plan, PlanSource
 from data.reader import ReaderSource, SliceReader
 from data.scores import open_scores, score_names
-from data.selection import Selection, Split, select
+from data.selection import NothingSelectedError, Selection, Split, select
 from data.store import Store, cache_root
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _NAME = re.compile(r"\w[\w.-]*")
@@ -169,22 +172,38 @@ class TarData:
         try:
             manifests = self.manifests(name)
             return select(manifests, self.store, source.where, holdout, split or "train", self.cache_folder)
+        except NothingSelectedError as error:
+            raise NothingSelectedError(f"source {name!r}: {error}") from error
         except ValueError as error:
             raise ValueError(f"source {name!r}: {error}") from error
 
     def open(self, buckets: Buckets, split: Split = "train") -> "TarSplit":
         """Select and compile one split of all sources. All ranks may do so at once.
 
+        The validation split goes without sources that have no held-out sample, and says so in a warning.
+
         Raises:
-            ValueError: no shards, an empty selection, a wrong `where`, a caption column that is nowhere.
+            ValueError: no shards, nothing to train on in a source, nothing held out in any of them, a wrong `where`, a
+                caption column that is nowhere.
             StoreError: a store fails.
         """
         selections, compiled = {}, {}
         for name in self.sources:
-            chosen = self.select(name, split)
+            try:
+                chosen = self.select(name, split)
+            except NothingSelectedError as error:
+                if split == "train":
+                    raise
+                log.warning("validation goes without %s", error)
+                continue
             selections[name] = chosen
             compiled[name] = compile_sizes(
                 _sizes(chosen), len(chosen), buckets, cache_root(self.cache_folder), chosen.fingerprint, self.block
+            )
+        if not selections:
+            raise ValueError(
+                f"no sample is held out for validation at data.holdout={self.holdout}: raise it, or set it to 0 to"
+                " train without"
             )
         return TarSplit(self, buckets, selections, compiled)
 
@@ -202,7 +221,7 @@ class TarData:
                 seen.update(file.schema_arrow.names)
         missing = missing - seen
         if missing:
-            raise ValueError(f"source {name!r} has no caption column {min(missing)!r}; its columns are {sorted(seen)}")
+            raise ValueError(f"there is no caption column {min(missing)!r}; the columns are {', '.join(sorted(seen))}")
 
 
 class TarSplit:
@@ -211,8 +230,8 @@ class TarSplit:
     Args:
         data: whose split it is.
         buckets: what its images are cropped to.
-        selections: by source.
-        compiled: by source.
+        selections: by source; without those that have no sample of this split.
+        compiled: by source, the same ones.
     """
 
     def __init__(
@@ -247,7 +266,7 @@ class TarSplit:
 
     def plan(self, lanes: int, slice_size: int, seed: int, start: int = 0) -> Plan:
         """The plan that begins at step `start`."""
-        sources = [PlanSource(name, self.compiled[name], source.weight) for name, source in self.data.sources.items()]
+        sources = [PlanSource(name, table, self.data.sources[name].weight) for name, table in self.compiled.items()]
         return Plan(sources, lanes, slice_size, seed, self.data.window, start)
 
     def loader(
@@ -280,10 +299,9 @@ class TarSplit:
         data = self.data
         return SliceReader(
             [
-                ReaderSource(
-                    name, self.selections[name], source.captions, _color(source.background), self._encoded(name)
-                )
-                for name, source in data.sources.items()
+                ReaderSource(name, selection, source.captions, _color(source.background), self._encoded(name))
+                for name, selection in self.selections.items()
+                for source in [data.sources[name]]
             ],
             self.buckets,
             data.store,

@@ -1,5 +1,6 @@
 """Classifier-free guidance: a network and its conditions as the denoiser that samplers call."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +22,8 @@ class Guidance:
     """
 
     def __init__(self, scale: float = 1.0, low: float = 0.0, high: float = 1.0):
+        if not 0 <= scale < math.inf:
+            raise ValueError(f"scale={scale}: guidance takes a number from 0; 1 is none")
         if not 0 <= low <= high <= 1:
             raise ValueError(f"the guidance interval must satisfy 0 <= low <= high <= 1, got {low} and {high}")
         self.scale = scale

@@ -99,6 +99,9 @@ def train_tokenizer(captions: Sequence[str], folder: Path, vocab_size: int = 512
 
     Args:
         vocab_size: pieces at most, with <pad>, </s> and <unk>, without the sentinels.
+
+    Raises:
+        ValueError: sentencepiece cannot fit that few pieces to the captions' characters.
     """
     import sentencepiece
 
@@ -106,20 +109,24 @@ def train_tokenizer(captions: Sequence[str], folder: Path, vocab_size: int = 512
     # is followed by different things as a candidate piece, and in a small grammar many words never are.
     words = sorted({f"{word} {word}" for caption in captions for word in caption.split()})
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=itertools.chain(captions, words),
-        model_writer=model,
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,  # few captions may not have that many pieces
-        model_type="unigram",
-        character_coverage=1.0,
-        pad_id=_PAD,
-        eos_id=_EOS,
-        unk_id=_UNK,
-        bos_id=-1,
-        num_threads=1,  # the result depends on their number
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain(captions, words),
+            model_writer=model,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # few captions may not have that many pieces
+            model_type="unigram",
+            character_coverage=1.0,
+            pad_id=_PAD,
+            eos_id=_EOS,
+            unk_id=_UNK,
+            bos_id=-1,
+            num_threads=1,  # the result depends on their number
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]  # behind the place in its source and the condition there
+        raise ValueError(f"vocab_size={vocab_size}: sentencepiece refuses it for these captions: {reason}") from error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     # transformers reads spiece.model from a folder only; given as an argument it is silently ignored.

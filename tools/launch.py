@@ -49,13 +49,18 @@ def launch(job: str, overrides: list[str], config: DictConfig) -> None:
     The first SIGTERM, SIGUSR1 or SIGINT is passed on to the ranks, which have all the time they need to save and leave.
 
     Raises:
-        ConfigError: a rank failed; the sentence names it and its log.
+        ConfigError: the run's folder cannot be made; or a rank failed: the sentence names it and its log.
         KeyboardInterrupt: Ctrl-C was pressed twice, or before there were ranks; none is left.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logs = run_directory(config) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"runs={config.get('runs', 'runs')}: cannot make the folder {logs}: {error.strerror}."
+        ) from error
     # One thread pool per rank: the machine's cores are shared, and a fixed count keeps sums bit-equal between runs.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.cluster.processes)))
     os.environ[_LAUNCHER] = str(os.getpid())

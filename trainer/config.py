@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
@@ -108,6 +109,8 @@ def preflight(config: Any, ranks: int) -> None:
     Raises:
         ConfigError: a value out of range, or parts that do not fit each other.
     """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device here: take device=auto or device=cpu.")
     try:
         for part in ("process", "sampler", "guidance", "data", "checkpoint"):
             build(config[part])

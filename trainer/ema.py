@@ -107,8 +107,11 @@ class Ema:
         if every < 1:
             raise ValueError(f"ema.every is {every}; it must be at least 1")
         for name in lengths:
-            if not re.fullmatch(r"[\w.+-]+", name):
-                raise ValueError(f"ema.lengths has {name!r}: a name takes letters, digits and any of _ . + -")
+            if not re.fullmatch(r"[\w+-]+", name):
+                raise ValueError(
+                    f"ema.lengths has {name!r}: a name takes letters, digits and any of _ + -, and no dot, which on the"
+                    " command line parts keys"
+                )
         self.lengths = dict(lengths)
         self.every = every
         self._updates = 0

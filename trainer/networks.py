@@ -11,7 +11,7 @@ from conf.schema import build, target
 from data.buckets import Buckets
 from data.tars import TarSplit
 from trainer.distributed import World, barrier
-from trainer.objectives.base import Objective
+from trainer.objectives.base import DropsCaptions, Objective
 
 # Networks that a key of their own describes; `networks.<name>` describes any other.
 _KEYS = {"denoiser": "model", "conditioner": "conditioner", "first_stage": "first_stage"}
@@ -51,6 +51,10 @@ def check_networks(config: Any, objective: Objective) -> None:
     for name in objective.networks:
         if name not in _KEYS and name not in config.networks:
             raise ConfigError(f"networks.{name} is missing: {kind} has {names}.")
+    if "conditioner" in objective.networks and isinstance(objective, DropsCaptions):
+        learns = _learns(config.conditioner)
+        if learns or "encoders" in config.conditioner:
+            objective.check_encoders(1 if learns else len(config.conditioner.encoders))
     networks = _on_meta(config, objective)
     if "denoiser" not in networks:
         return

@@ -15,7 +15,11 @@ _URL_QUERY = re.compile(r"(://[^?\s]*)\?\S+")
 
 
 class RunDirectory:
-    """The paths of a run. Creating it makes the folder."""
+    """The paths of a run. Creating it makes the folder.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
 
     def __init__(self, runs: str, name: str):
         self.path = Path(runs) / name
@@ -27,7 +31,10 @@ class RunDirectory:
         self.samples = self.path / "samples"
         self.wandb = self.path / "wandb.json"
         self.report = self.path / "report.html"
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"runs={runs}: cannot make the folder {self.path}: {error.strerror}") from error
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the composed config, whose secrets are masked."""

@@ -25,12 +25,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < math.inf:
-            raise ValueError(f"schedule.lr={self.lr}: it must not be negative")
+            raise ValueError(f"lr={self.lr}: it must not be negative")
         if self.warmup < 0:
-            raise ValueError(f"schedule.warmup={self.warmup}: it must not be negative")
+            raise ValueError(f"warmup={self.warmup}: it must not be negative")
         for name in ("final", "decay_from"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"schedule.{name}={getattr(self, name)}: a share, from 0 to 1")
+                raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to 1")
 
     def at(self, step: int, steps: int) -> float:
         """Learning rate of step `step` (from 0) in a run of `steps`."""

@@ -135,7 +135,7 @@ def test_a_sample_without_a_caption_has_an_empty_one(tmp_path):
 
 def test_a_caption_column_that_is_nowhere_is_an_error(tmp_path):
     write_shard(tmp_path / "0.tar", [plain(i) for i in range(4)])
-    with pytest.raises(ValueError, match="source 'numbers' has no caption column 'blip'"):
+    with pytest.raises(ValueError, match=r"^source 'numbers': there is no caption column 'blip'"):
         open_data(tmp_path, source={"caption": "blip"})
 
 

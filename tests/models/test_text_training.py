@@ -109,3 +109,8 @@ def test_a_conditioner_trains_its_encoder_once_and_then_loads_it(tmp_path: Path)
 def test_captions_without_text_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no caption with any text"):
         train_text_encoder(["", "  "], tmp_path / "encoder")
+
+
+def test_too_few_pieces_for_the_captions_characters_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^vocab_size=4: sentencepiece .* 4 vs 15"):
+        train_tokenizer(["a red dog", "a blue cat"], tmp_path, vocab_size=4)

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from conf.compose import ROOT, compose
@@ -63,7 +64,7 @@ def test_help_of_train_names_groups_and_choices(capsys):
         (["train", "steps"], ["'steps'", "key=value"]),
         (["train", "process=density/uniform"], ["'process'", "'density/uniform'", "rectified_flow"]),
         (["train", "guidance=null"], ["'guidance'", "cfg, none"]),
-        (["train", "ema.lengths.power_0.05.sigma_rel=0.1"], ["ema.lengths.power_0.05"]),
+        (["train", "ema.lengths.power_005.sigma_rel=0.1"], ["ema.lengths.power_005"]),
         (["train", "process/density=unifrom"], ["'process/density'", "did you mean 'uniform'"]),
         (["train", "sampler._target_=models.guidance.Guidance"], ["sampler._target_", "Guidance", "no Sampler"]),
         (["train", "process.density._target_=models.weighting.Unweighted"], ["process.density._target_", "no Density"]),
@@ -129,8 +130,23 @@ SOURCE = "data.sources.photos.shards=/nowhere"
         ([SOURCE, "batch=8", "lanes=4", "cluster.processes=3"], ["3 data-parallel ranks", "[1, 2, 4]"]),
         ([SOURCE, "batch=8", "lanes=2", "pass_size=3"], ["pass_size=3", "slice of 4"]),
         ([SOURCE, "engine=hsdp"], ["engine.replicas=2", "1 ranks"]),
-        ([SOURCE, "validation.ema=0.5"], ["validation.ema='0.5'", "0.9999"]),
-        ([SOURCE, "samples.ema=0.9999", "ema=none"], ["samples.ema='0.9999'", "none"]),
+        ([SOURCE, "validation.ema=0.5"], ["validation.ema='0.5'", "decay_9999"]),
+        ([SOURCE, "samples.ema=decay_9999", "ema=none"], ["samples.ema='decay_9999'", "none"]),
+        ([SOURCE, "++ema.lengths={v0.9: {_target_: trainer.ema.ConstantDecay, decay: 0.9}}"], ["'v0.9'", "no dot"]),
+        ([SOURCE, "objective.caption_dropout=[0.1, 0.2]"], ["caption_dropout has 2 numbers for 1 text"]),
+        (
+            [SOURCE, "conditioner=sd3", "model=sd3_medium", "objective.caption_dropout=[0.1, 0.2]"],
+            ["caption_dropout has 2 numbers for 3 text"],
+        ),
+        ([SOURCE, "guidance.scale=-1"], ["guidance.scale=-1"]),
+        (
+            [SOURCE, "schedule=by_phase", "+schedule@schedule.denoise=constant", "schedule.denoise.lr=-1.0"],
+            ["millrace: schedule.denoise.lr=-1.0: it must"],
+        ),
+        (
+            [SOURCE, "optimizer=by_phase", "+optimizer@optimizer.denoise=adamw", "optimizer.denoise.eps=0.0"],
+            ["millrace: optimizer.denoise.eps=0.0: it must"],
+        ),
         ([SOURCE, "model.in_channels=16"], ["model.in_channels is 16", "first stage gives 3"]),
         ([SOURCE, "conditioner.width=64"], ["model.joint_attention_dim is 128", "conditioner gives 64"]),
         ([SOURCE, "buckets.size=250"], ["250x250", "multiples of 8"]),
@@ -146,6 +162,27 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_read_or_written(ar
     for part in named:
         assert part in sentence
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_its_key(monkeypatch, tmp_path):
+    from data.store import StoreError
+    from data.tars import Source, TarData
+    from tools.demo.scenes import write_tars
+    from tools.launch import launch
+    from trainer.run_directory import RunDirectory
+
+    with pytest.raises(ValueError, match="runs=/proc/nope"):
+        RunDirectory("/proc/nope", "x")
+    with pytest.raises(ConfigError, match="runs=/proc/nope"):
+        launch("train", [], compose("train", ["runs=/proc/nope", "cluster.processes=2"]))
+    write_tars(tmp_path / "scenes", 1, seed=0)
+    with pytest.raises(StoreError, match=r"data\.cache_folder=/proc/x"):
+        TarData({"a": Source(str(tmp_path / "scenes"))}, cache_folder="/proc/x").select("a", None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(capsys):
+    assert "device=cuda" in one_sentence(capsys, "train", SOURCE, "device=cuda")
 
 
 def test_the_defaults_fit_each_other():
@@ -216,6 +253,16 @@ def test_a_name_may_look_like_a_number():
 def test_a_clause_needs_no_quotes_of_hydras():
     clause = r"width > 64 and caption <> 'it''s' and regexp_matches(caption, '^\d+$')"
     assert compose("train", [f"data.sources.a.where={clause}"]).data.sources.a.where == clause
+
+
+def test_averages_are_set_from_the_command_line():
+    power = compose("train", ["ema=power", "ema.lengths.power_005.sigma_rel=0.07"])
+    assert {name: node.sigma_rel for name, node in power.ema.lengths.items()} == {"power_005": 0.07, "power_010": 0.10}
+    emoji = compose("train", ["experiment=emoji", "ema.lengths.decay_9999.decay=0.5"])
+    assert (
+        emoji.ema.lengths == {emoji.samples.ema: emoji.ema.lengths.decay_9999}
+        and emoji.ema.lengths.decay_9999.decay == 0.5
+    )
 
 
 def test_tiny_shrinks_by_class_below_the_command_line():

@@ -16,7 +16,7 @@ from trainer.engines.base import Shard
 
 SHAPES = {"net.a": (5, 3), "net.b": (4,), "net.c": ()}
 LENGTHS = {
-    "0.9": ConstantDecay(0.9),
+    "decay_9": ConstantDecay(0.9),
     "plain": ConstantDecay(0.5, warmup=False),
     "p05": PowerFunction(0.05),
     "p10": PowerFunction(0.10),
@@ -94,7 +94,7 @@ def power_counts(sigma_rel: float, every: int, steps: int) -> list[float]:
 def test_every_length_is_the_sum_over_the_history_that_its_definition_says(every):
     ema, _ = averaged(every, steps=100)
     expected = {
-        "0.9": history_average(constant_counts(0.9, True, every, 100)),
+        "decay_9": history_average(constant_counts(0.9, True, every, 100)),
         "plain": history_average(constant_counts(0.5, False, every, 100)),
         "p05": history_average(power_counts(0.05, every, 100)),
         "p10": history_average(power_counts(0.10, every, 100)),
@@ -184,7 +184,7 @@ def snapshots(tmp_path_factory):
     """Checkpoints with the two tracked lengths at every tenth of 160 steps."""
     folder = tmp_path_factory.mktemp("snapshots")
     engine = WalkingEngine()
-    ema = Ema({"p05": PowerFunction(0.05), "p10": PowerFunction(0.10), "0.9": ConstantDecay(0.9)})
+    ema = Ema({"p05": PowerFunction(0.05), "p10": PowerFunction(0.10), "decay_9": ConstantDecay(0.9)})
     ema.attach(engine)
     checkpointer = CheckpointPolicy(keep_last=None).build(folder)
     paths = []
@@ -240,6 +240,7 @@ def test_reconstruction_minimises_the_distance_between_profiles():
         (lambda: PowerFunction(0.3), "sigma_rel"),
         (lambda: Ema({}, every=0), "every"),
         (lambda: Ema({"a/b": ConstantDecay(0.9)}), "lengths"),
+        (lambda: Ema({"0.9": ConstantDecay(0.9)}), "no dot"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(build, key):

@@ -147,7 +147,7 @@ def save_toy(folder: Path) -> None:
     for shard in engine.shards("weight"):
         shard.tensor.mul_(1.5)
     engine.written()
-    ema = Ema({"0.9": ConstantDecay(0.9)})
+    ema = Ema({"decay_9": ConstantDecay(0.9)})
     ema.attach(engine)
     for shard in ema.shards():
         shard.tensor.mul_(2)
@@ -163,7 +163,7 @@ def init_toy(path: Path, ema: str | None, depth: int) -> tuple[Report, dict, dic
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("ema", [None, "0.9"])
+@pytest.mark.parametrize("ema", [None, "decay_9"])
 def test_weights_or_an_average_of_a_checkpoint_start_another_run(tmp_path, world, ema):
     ranks(2).run(save_toy, tmp_path)
     path = tmp_path / "step_00000005"
@@ -195,7 +195,7 @@ def refusals(checkpoint: Path, component: Path) -> list[str]:
         InitFrom(str(checkpoint), networks={"unet": "denoiser"}),
         InitFrom(str(checkpoint), ema="0.5"),
         InitFrom(str(component)),
-        InitFrom(str(component), ema="0.9"),
+        InitFrom(str(component), ema="decay_9"),
     ):
         try:
             source.apply(engine)

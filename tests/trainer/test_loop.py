@@ -51,7 +51,7 @@ def curve(rows: list[dict]) -> list[tuple]:
 
 def assert_same_end(folder: Path, one: str, other: str) -> None:
     paths = [folder / "runs" / name / "checkpoints" / f"step_{STEPS:08d}" for name in (one, other)]
-    for ema in (None, "0.9999"):
+    for ema in (None, "decay_9999"):
         ours, theirs = (load_weights(path, "denoiser", ema=ema) for path in paths)
         assert all(ours[name].equal(theirs[name]) for name in theirs), ema
 

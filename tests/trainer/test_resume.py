@@ -29,7 +29,7 @@ def build(kind: str, phases: str) -> tuple[Engine, Ema]:
     chosen = PHASES[phases]
     optimizers = {phase.name: OPTIMIZER for phase in chosen}
     engine = ENGINES[kind].build(toy_networks(chosen), chosen, optimizers, 7, torch.device("cpu"))
-    ema = Ema({"0.9": ConstantDecay(0.9), "p10": PowerFunction(0.10)})
+    ema = Ema({"decay_9": ConstantDecay(0.9), "p10": PowerFunction(0.10)})
     ema.attach(engine)
     return engine, ema
 

@@ -89,7 +89,7 @@ def keys(folder: Path, name: str) -> list[tuple]:
 
 def weights_equal(folder: Path, one: str, two: str) -> bool:
     paths = [folder / "runs" / name / "checkpoints" / f"step_{STEPS:08d}" for name in (one, two)]
-    for ema in (None, "0.9999"):
+    for ema in (None, "decay_9999"):
         ours, theirs = (load_weights(path, "denoiser", ema=ema) for path in paths)
         assert ours.keys() == theirs.keys()
         if not all(ours[name].equal(theirs[name]) for name in ours):
@@ -191,7 +191,7 @@ def test_resumes_on_another_world_size_and_the_other_engine(folder, reference):
     assert_same_curve(rows, reference)
     assert keys(folder, "wandering") == keys(folder, "reference")
     paths = [folder / "runs" / n / "checkpoints" / f"step_{STEPS:08d}" for n in ("wandering", "reference")]
-    for ema in (None, "0.9999"):
+    for ema in (None, "decay_9999"):
         ours, theirs = (load_weights(path, "denoiser", ema=ema) for path in paths)
         for name, weight in theirs.items():
             assert (ours[name] - weight).abs().max() <= 2e-4 * max(1.0, float(weight.abs().max())), (ema, name)

@@ -75,6 +75,22 @@ def together(shares: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return whole
 
 
+def test_validation_goes_without_sources_that_hold_nothing_out(folder, caplog):
+    write_tars(folder / "single", 1, seed=2)
+    split = held_out(folder, names=("single", "many"))
+    assert list(split.selections) == ["many"] and "source 'single'" in caplog.text
+    alone = held_out(folder, names=("many",))
+    assert together(drawn(split, 7, 4, 2)).keys() == together(drawn(alone, 7, 4, 2)).keys()
+    plan = split.plan(lanes=2, slice_size=1, seed=0)
+    batches = split.loader(plan, range(2), workers=0).step(0)
+    assert {key for batch in batches for key in batch.keys} <= set(all_keys(alone))
+
+
+def test_sources_of_which_none_holds_anything_out_are_told_what_to_set(folder):
+    with pytest.raises(ValueError, match=r"data\.holdout=1e-09.*raise it, or set it to 0"):
+        held_out(folder, holdout=1e-9)
+
+
 def test_every_held_out_sample_counts_once(folder):
     split = held_out(folder)
     expected = all_keys(split)

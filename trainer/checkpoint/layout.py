@@ -249,7 +249,7 @@ def require_tensors(wanted: Mapping[str, Sequence[int]], saved: Mapping) -> None
     """Check that a checkpoint has all that a run needs, in its shapes.
 
     Raises:
-        CheckpointError: lists up to ten names that are missing or have another shape.
+        CheckpointError: lists a few names that are missing or have another shape.
     """
     missing = [name for name in wanted if name not in saved]
     other = [
@@ -266,6 +266,6 @@ def require_tensors(wanted: Mapping[str, Sequence[int]], saved: Mapping) -> None
         )
 
 
-def _some(names: Sequence[str], limit: int = 10) -> str:
+def _some(names: Sequence[str], limit: int = 3) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

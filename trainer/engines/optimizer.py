@@ -29,13 +29,13 @@ class AdamW:
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas={list(self.betas)}: two numbers in [0, 1)")
+            raise ValueError(f"betas={list(self.betas)}: two numbers in [0, 1)")
         if self.eps <= 0:
-            raise ValueError(f"optimizer.eps={self.eps}: it must be positive")
+            raise ValueError(f"eps={self.eps}: it must be positive")
         if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay}: it must not be negative")
+            raise ValueError(f"weight_decay={self.weight_decay}: it must not be negative")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm}: a positive number, or null to never clip")
+            raise ValueError(f"max_grad_norm={self.max_grad_norm}: a positive number, or null to never clip")
 
     def build(self, decayed: Sequence[Tensor], plain: Sequence[Tensor]) -> torch.optim.AdamW:
         """The torch optimiser over parameters with and without weight decay; see `allocate_moments`. Its learning

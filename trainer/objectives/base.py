@@ -45,7 +45,8 @@ class Losses:
 
 
 class Objective(ABC):
-    """Networks and a batch to losses. What else an objective may do: `Validates`, `DrawsPictures`.
+    """Networks and a batch to losses. What else an objective may do: `Validates`, `DrawsPictures`,
+    `DropsCaptions`.
 
     Attributes:
         networks: names of all networks that it uses, trained and frozen; those of the configuration are built for it.
@@ -91,3 +92,15 @@ class DrawsPictures(Protocol):
         self, networks: Mapping[str, nn.Module], pictures: Sequence[Picture], device: torch.device
     ) -> Sequence[Tensor]:
         """One pass: pictures of one size, as uint8 (3, H, W) on the CPU. Called without gradients."""
+
+
+@runtime_checkable
+class DropsCaptions(Protocol):
+    """An objective with settings for each text encoder."""
+
+    def check_encoders(self, encoders: int) -> None:
+        """Refuse a number of text encoders, before there are any.
+
+        Raises:
+            ValueError: a setting is for another number of them.
+        """

@@ -97,6 +97,10 @@ class Diffusion(Objective):
             keep = batch.draws.uniform("caption dropout", (encoders,)) >= torch.tensor(self._rates(encoders))
         return conditioner(batch.captions, keep, encoded=encoded_texts(batch.fields))
 
+    def check_encoders(self, encoders: int) -> None:
+        """Refuse dropout rates for another number of encoders."""
+        self._rates(encoders)
+
     def _rates(self, encoders: int) -> Sequence[float]:
         if isinstance(self.caption_dropout, list):
             if len(self.caption_dropout) != encoders:
