@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from conf.errors import ConfigError
 from conf.schema import parameters
@@ -52,7 +52,8 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"An interpolation in the config of {job!r} fails: {_first_line(error)}.") from error
+        key = _unresolved(config)
+        raise ConfigError(f"{key!r} follows another value: {_first_line(error)}. Set {key} itself.") from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]!r} must be given: add {missing[0]}=<value> to the command.")
@@ -183,6 +184,19 @@ def nodes(config: Any, path: str = "") -> list[tuple[str, DictConfig]]:
     for key, value in items:
         found += nodes(value, f"{path}.{key}" if path else key)
     return found
+
+
+def _unresolved(config: DictConfig) -> str:
+    """The first key whose interpolation fails, which OmegaConf's error does not tell."""
+    for path, node in nodes(config):
+        for key in node:
+            try:
+                value = node.get(key)
+                if isinstance(value, ListConfig):
+                    OmegaConf.to_container(value, resolve=True)
+            except InterpolationResolutionError:
+                return f"{path}.{key!s}" if path else str(key)
+    raise AssertionError("every interpolation resolves")
 
 
 def _shrink(config: DictConfig, shrink: dict[str, dict]) -> None:

@@ -90,6 +90,14 @@ def test_help_of_train_names_groups_and_choices(capsys):
         (["train", "--config-name=foo"], ["'--config-name=foo'", "key=value"]),
         (["train", "data.sources=[a]"], ["'data.sources=[a]' does not fit"]),
         (["train", "steps=1,2"], ["steps=1,2", "several values", "steps=[1,2]"]),
+        (
+            ["train", "experiment=emoji", "conditioner=none"],
+            ["Set model.joint_attention_dim itself", "conditioner.width"],
+        ),
+        (
+            ["train", "data.sources.a.shards=[${oc.env:MILLRACE_NOT_SET}]"],
+            ["'data.sources.a.shards'", "MILLRACE_NOT_SET"],
+        ),
         (["train", "engine=3"], ["'engine'", "'3'", "fsdp"]),
         (["train", "process=edm", "+process.density.mean=3"], ["process.density.mean", "takes none"]),
         (["train", "experiment=demo/scenes", "engine=deepspeed", "engine.reshard_after_forward=true"], ["reshard"]),

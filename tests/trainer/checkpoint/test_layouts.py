@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.trainer.checkpoint.layouts import flat_boxes, part, random_cut, random_shapes, shards_of, whole_value, wrong
 from tests.trainer.ranks import ranks
 from trainer.checkpoint import Checkpointer, CheckpointError, CheckpointPolicy, Record, load_tensors
-from trainer.checkpoint.layout import Holding, assign_writers
+from trainer.checkpoint.layout import Holding, assign_writers, require_tensors
 from trainer.engines.base import Box, Shard
 
 CASES = 12
@@ -117,6 +117,11 @@ def hold_half(folder: Path) -> str:
 
 def test_every_rank_hears_of_a_layout_that_does_not_add_up(tmp_path):
     assert all("net.p" in message for message in ranks(2).run(hold_half, tmp_path))
+
+
+def test_a_network_of_another_depth_is_told_by_a_few_names_and_a_count():
+    with pytest.raises(CheckpointError, match=r"missing: net\.0, net\.1, net\.2 and 27 more\. "):
+        require_tensors({f"net.{i}": (2,) for i in range(30)}, {})
 
 
 def test_loading_names_what_is_missing_or_of_another_shape(tmp_path):
