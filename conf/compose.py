@@ -74,10 +74,10 @@ def _parse(override: str) -> Override:
         override = f"{key}='{escaped}'"
     try:
         parsed = parser.parse_override(f"++{override}" if _OPEN.match(override) else override)
+        if not parsed.key_or_group:
+            raise HydraException("an override without a key")
     except HydraException as error:
         raise ConfigError(f"{key + equals + value!r} is no override: it should look like key=value.") from error
-    if not parsed.key_or_group:
-        raise ConfigError(f"{override!r} is no override: it should look like key=value.")
     if re.match(r"hydra\b", parsed.key_or_group):
         raise ConfigError(
             f"{override!r} sets an option of Hydra, which Millrace does not use: see --help for the keys."
@@ -107,18 +107,18 @@ def _drop_of_other_classes(config: DictConfig, choices: list[Override]) -> None:
         node = OmegaConf.select(config, group.replace("/", "."))
         if group in ("experiment", "scale") or not isinstance(node, DictConfig) or not isinstance(choice, str):
             continue
-        # Without a class of its own, it is what its file says, and mappings to objects (by_phase).
-        plain = set() if "_target_" in node else set(OmegaConf.load(ROOT / group / f"{choice}.yaml"))
         for path, inner in nodes(node):
-            takes = parameters(inner._target_, f"{group}.{path}") if "_target_" in inner else None
-            for key in list(inner):
-                if takes is not None:
-                    stale = not str(key).startswith("_") and not takes(str(key))
-                else:
-                    stale = not path and key not in plain and not isinstance(inner._get_node(key), DictConfig)
-                if stale:
-                    with open_dict(inner):
-                        del inner[key]
+            if "_target_" in inner:
+                takes = parameters(inner._target_, f"{group}.{path}")
+                stale = [key for key in inner if not str(key).startswith("_") and not takes(str(key))]
+            elif not path:  # no class of its own: it takes what its file says, and descriptions of objects (by_phase)
+                own = OmegaConf.load(ROOT / group / f"{choice}.yaml")
+                stale = [key for key in inner if key not in own and not isinstance(inner._get_node(key), DictConfig)]
+            else:
+                stale = []
+            with open_dict(inner):
+                for key in stale:
+                    del inner[key]
 
 
 def _check_choices(job: str, parsed: list[Override]) -> None:
