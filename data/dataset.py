@@ -3,19 +3,22 @@
 import math
 import signal
 import time
+import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batch import Batch, PlannedSlice
 from data.plan import Plan
-from data.reader import Delivery, SliceReader
+from data.reader import BadSliceError, Delivery, SliceReader
 from data.records import KeysLine, Records
+from data.store import StoreError
 
 
-class LoaderError(RuntimeError):
+class LoaderError(ValueError):
     """The loader cannot go on: a worker died, or too many samples in a row cannot be used."""
 
 
@@ -54,7 +57,7 @@ class Loader:
         """Samples replaced since the loader was made."""
         self._sampler = _PlanSampler(plan, lanes)
         self._loader = DataLoader(
-            reader,
+            _Reading(reader),
             batch_size=None,
             sampler=self._sampler,
             num_workers=workers,
@@ -65,7 +68,7 @@ class Loader:
             worker_init_fn=_ignore_stops,
             generator=torch.Generator(),  # or else it takes a number from torch's global generator
         )
-        self._deliveries: Iterator[Delivery] | None = None
+        self._deliveries: Iterator[Delivery | _Failure] | None = None
         self._next_step = -1
         self._bad_in_a_row = 0
         self._records = Records()
@@ -77,7 +80,7 @@ class Loader:
 
         Raises:
             StoreError: a store fails.
-            BadSliceError: no member of a slice can be used.
+            BadSliceError: no member of a slice can be used; `drain` tells of them.
             LoaderError: a worker died; too many samples in a row cannot be used.
         """
         started = time.perf_counter()
@@ -111,6 +114,10 @@ class Loader:
                 f"a data worker died before step {step}, lane {lane} was read ({str(error).strip()}): if memory ran"
                 " out, lower data.workers or data.prefetch"
             ) from error
+        if isinstance(delivery, _Failure):
+            if isinstance(delivery.error, BadSliceError):
+                self._records.quarantine.extend(delivery.error.quarantine)
+            raise delivery.error from RuntimeError(f"while reading:\n{delivery.trace}")
         planned = delivery.planned
         assert (planned.step, planned.lane) == (step, lane), "deliveries come in the plan's order"
         self._account(delivery)
@@ -139,6 +146,27 @@ class Loader:
             source = self.plan.sources[planned.source].name
             bucket = str(self.plan.buckets[planned.bucket])
             self._records.keys.append(KeysLine(planned.step, planned.lane, source, bucket, batch.keys))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BadSliceError | StoreError | ValueError
+    trace: str
+
+
+class _Reading(Dataset[Delivery | _Failure]):
+    """A reader whose errors for users are values: DataLoader would put a worker's traceback into their text."""
+
+    def __init__(self, reader: SliceReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, planned: PlannedSlice) -> Delivery | _Failure:
+        try:
+            return self._reader[planned]
+        except (BadSliceError, StoreError) as error:
+            return _Failure(error, traceback.format_exc())
+        except ValueError as error:  # of any kind, which need not be one that can be pickled
+            return _Failure(ValueError(str(error)), traceback.format_exc())
 
 
 class _PlanSampler(Sampler[PlannedSlice]):

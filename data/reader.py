@@ -36,8 +36,20 @@ _SMALL = 4096  # bytes
 _MEMBER_COLUMNS = ("key", "extensions", "offsets", "sizes", "checksums")
 
 
-class BadSliceError(RuntimeError):
-    """A slice of which no member can be used."""
+class BadSliceError(ValueError):
+    """A slice of which no member can be used.
+
+    Args:
+        text: names the slice and its members.
+        quarantine: the members that are at fault.
+    """
+
+    def __init__(self, text: str, quarantine: Sequence[QuarantineLine]):
+        super().__init__(text)
+        self.quarantine = list(quarantine)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.quarantine)
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,13 @@ class SliceReader(Dataset[Delivery]):
         order, quarantine = self._replace(planned, rows, framed)
         for line in quarantine:
             framed[line.slot] = load(line.slot, order[line.slot])
-        done = [self._expect(outcome, rows[member]) for outcome, member in zip(framed, order, strict=True)]
+        done = []
+        for slot, outcome in enumerate(framed):
+            if isinstance(outcome, ContentError):  # it was read well a moment ago
+                changed = self._quarantined(planned, slot, rows[order[slot]], outcome, None)
+                text = f"{changed.shard}: {changed.key!r} reads differently from one time to the next: {outcome}"
+                raise BadSliceError(text, [*quarantine, changed])
+            done.append(outcome)
         batch = Batch(
             draws=draws,
             keys=[rows[member].key for member in order],
@@ -194,22 +212,27 @@ class SliceReader(Dataset[Delivery]):
             return order, []
         good = [slot for slot in order if slot not in bad]
         if not good:
-            raise BadSliceError(self._nothing_good(planned, rows, bad))
+            lines = [self._quarantined(planned, slot, rows[slot], error, None) for slot, error in bad.items()]
+            raise BadSliceError(self._nothing_good(planned, lines), lines)
         lines = []
         for slot, error in bad.items():
             order[slot] = good[mix64(self.seed, planned.step, planned.lane, slot, _REPLACE) % len(good)]
-            line = QuarantineLine(
-                step=planned.step,
-                lane=planned.lane,
-                slot=slot,
-                source=self.sources[planned.source].name,
-                shard=redact(rows[slot].shard),
-                key=rows[slot].key,
-                reason=str(error),
-                replaced_by=rows[order[slot]].key,
-            )
-            lines.append(line)
+            lines.append(self._quarantined(planned, slot, rows[slot], error, rows[order[slot]].key))
         return order, lines
+
+    def _quarantined(
+        self, planned: PlannedSlice, slot: int, row: _Row, error: ContentError, replaced_by: str | None
+    ) -> QuarantineLine:
+        return QuarantineLine(
+            step=planned.step,
+            lane=planned.lane,
+            slot=slot,
+            source=self.sources[planned.source].name,
+            shard=redact(row.shard),
+            key=row.key,
+            reason=str(error),
+            replaced_by=replaced_by,
+        )
 
     def _look_up(self, planned: PlannedSlice) -> list[_Row]:
         source, reader = self.sources[planned.source], self._manifests[planned.source]
@@ -280,19 +303,10 @@ class SliceReader(Dataset[Delivery]):
         check_member(header, data, row.key, row.extensions[member], offset, checksum)
         return data
 
-    def _expect(self, outcome: _Framed | ContentError, row: _Row) -> _Framed:
-        if isinstance(outcome, ContentError):  # it was read well a moment ago
-            raise BadSliceError(
-                f"{redact(row.shard)}: {row.key!r} reads differently from one time to the next: {outcome}"
-            )
-        return outcome
-
-    def _nothing_good(self, planned: PlannedSlice, rows: list[_Row], bad: dict[int, ContentError]) -> str:
-        examples = "; ".join(
-            f"{rows[s].key!r} in {redact(rows[s].shard)}: {error}" for s, error in list(bad.items())[:3]
-        )
+    def _nothing_good(self, planned: PlannedSlice, bad: Sequence[QuarantineLine]) -> str:
+        examples = "; ".join(f"{line.key!r} in {line.shard}: {line.reason}" for line in bad[:3])
         return (
-            f"none of the {len(rows)} samples of slice (step {planned.step}, lane {planned.lane}) of source"
+            f"none of the {len(bad)} samples of slice (step {planned.step}, lane {planned.lane}) of source"
             f" {self.sources[planned.source].name!r} can be used, so nothing can replace them ({examples}):"
             " leave such rows out with the source's `where`, index the shards again, or use fewer lanes"
         )

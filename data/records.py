@@ -28,7 +28,8 @@ class KeysLine:
 
 @dataclass(frozen=True)
 class QuarantineLine:
-    """A sample that could not be used, and the one that took its slot of the slice (step, lane)."""
+    """A sample that could not be used, and the one that took its slot of the slice (step, lane); None where the slice
+    had no other, which ends the run."""
 
     step: int
     lane: int
@@ -37,7 +38,7 @@ class QuarantineLine:
     shard: str
     key: str
     reason: str
-    replaced_by: str
+    replaced_by: str | None
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,20 @@ class RecordWriter:
 
     def write(self, gathered: list[Records]) -> None:
         """Append the records of all ranks over the same steps, in order of step and lane."""
-        self._append(self._keys, [line for records in gathered for line in records.keys])
-        self._append(self._quarantine, [line for records in gathered for line in records.quarantine])
+        _append(self._keys, [line for records in gathered for line in records.keys])
+        _append(self._quarantine, [line for records in gathered for line in records.quarantine])
 
-    @staticmethod
-    def _append(path: Path, lines: Sequence[KeysLine | QuarantineLine]) -> None:
-        if lines:
-            ordered = sorted(lines, key=lambda line: (line.step, line.lane))  # stable: slots stay in order
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in ordered))
+
+def write_quarantine(folder: Path | str, lines: Sequence[QuarantineLine]) -> None:
+    """Append one rank's lines to `quarantine.jsonl`, which any process may do: what a run that fails leaves behind."""
+    _append(Path(folder) / "quarantine.jsonl", lines)
+
+
+def _append(path: Path, lines: Sequence[KeysLine | QuarantineLine]) -> None:
+    if lines:
+        ordered = sorted(lines, key=lambda line: (line.step, line.lane))  # stable: slots stay in order
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in ordered))
 
 
 def _drop_from(path: Path, step: int) -> None:

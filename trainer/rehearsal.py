@@ -37,7 +37,8 @@ def rehearse(
         encoding: that slices come with.
 
     Raises:
-        RuntimeError: a shape does not fit into the GPU's memory; names it. Or torch's own: a block compiles too often.
+        ValueError: a shape does not fit into the GPU's memory; names it.
+        RuntimeError: torch's own: a block compiles too often.
     """
     for bucket in buckets:
         first = arrange([blank(bucket, slice_size, lane, encoding).to(engine.device) for lane in range(slices)])[0]
@@ -47,7 +48,7 @@ def rehearse(
                     losses = objective.losses(phase, engine.networks, first)
                     engine.backward(phase, losses.per_sample.sum() / len(first))
             except torch.cuda.OutOfMemoryError as error:
-                raise RuntimeError(
+                raise ValueError(
                     f"a pass of {len(first)} samples of {bucket} does not fit into this GPU's memory: lower pass_size,"
                     " or turn on engine.activation_checkpointing"
                 ) from error

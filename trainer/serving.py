@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from data.batch import Batch
 from data.dataset import Loader
-from data.records import RecordWriter
+from data.records import RecordWriter, write_quarantine
 from trainer.distributed import is_main
 from trainer.meter import Meter
 
@@ -54,5 +54,7 @@ class Serving:
             self._writer = RecordWriter(self._folder, step)
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, and write quarantine that `flush` has not written, for an error ends the run. Each rank
+        writes its own: others may no longer answer."""
+        write_quarantine(self._folder, self._loader.drain().quarantine)
         self._loader.close()

@@ -67,16 +67,19 @@ class RunState:
         """Return to the newest checkpoint, and pass over the steps `bad` from now on. Collective.
 
         Raises:
-            RuntimeError: there is no checkpoint, or none from before those steps.
+            ValueError: there is no checkpoint, or none from before those steps.
         """
         bad_steps = f"{len(bad)} steps in a row ({bad[0]} to {bad[-1]}) had no finite gradient"
         path = self.checkpointer.latest().path
         if path is None:
-            raise RuntimeError(f"{bad_steps}, and there is no checkpoint to go back to: lower the learning rate")
+            raise ValueError(f"{bad_steps}, and there is no checkpoint to go back to: lower the learning rate")
         self.skipped.update(bad)
         record = resume_run(self.checkpointer, path, self.engine, self.ema, verify=False)
         self.step = record.step
         if self.step > bad[0]:
-            raise RuntimeError(f"{bad_steps}, and the newest checkpoint, {path}, is from among them")
+            raise ValueError(
+                f"{bad_steps}, and the newest checkpoint, {path}, is from among them: remove it to go on from the one"
+                " before, and lower the learning rate"
+            )
         log.warning("%s: back to step %d, and past them from now on", bad_steps, self.step)
         return self.step

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -245,8 +246,14 @@ def test_a_slice_with_no_good_member_is_an_error(tmp_path):
     split = open_data(tmp_path)
     for i in range(4):
         overwrite(tar, f"00{i}.png", lambda data: bytes(len(data)))
-    with pytest.raises(BadSliceError, match=r"none of the 4 samples of slice \(step 0, lane 0\) of source 'numbers'"):
+    with pytest.raises(
+        BadSliceError, match=r"none of the 4 samples of slice \(step 0, lane 0\) of source 'numbers'"
+    ) as e:
         step_of(split, lanes=1)
+    again = pickle.loads(pickle.dumps(e.value))
+    assert str(again) == str(e.value)
+    assert sorted(line.key for line in again.quarantine) == ["000", "001", "002", "003"]
+    assert {line.replaced_by for line in again.quarantine} == {None}
 
 
 def test_a_truncated_tar_stops_the_run(tmp_path):

@@ -62,5 +62,5 @@ def test_every_phase_meets_every_shape_and_drops_its_gradients():
 
 
 def test_a_shape_without_room_is_named():
-    with pytest.raises(RuntimeError, match=r"a pass of 2 samples of 512x2048 does not fit.*lower pass_size"):
+    with pytest.raises(ValueError, match=r"a pass of 2 samples of 512x2048 does not fit.*lower pass_size"):
         rehearse(TooLarge(), Notes(), [Bucket(64, 64), Bucket(512, 2048)], 2, 3, lambda slices: slices)
