@@ -31,7 +31,8 @@ class Log:
     """Writes a row of averages every so many steps; validation joins the row of its step.
 
     Args:
-        updates: optimiser updates so far, by phase. Steps beyond them are counted in `skipped_steps`.
+        updates: optimiser updates so far, by phase. `samples` counts those that were trained on; steps without an
+            update are counted in `skipped_steps`.
         validate: gives the validation's numbers; called every `validate_every` steps.
     """
 
@@ -47,7 +48,9 @@ class Log:
         """See `Callback`."""
         validating = self.validate is not None and due(step, self.validate_every, self.steps)
         if validating or due(step, self.every, self.steps):
-            row: dict[str, Any] = self.meter.row(step) | {"skipped_steps": step - min(self.updates().values())}
+            updates = min(self.updates().values())
+            row: dict[str, Any] = self.meter.row(step)
+            row |= {"samples": updates * self.meter.global_batch, "skipped_steps": step - updates}
             if validating and self.validate is not None:
                 with self.meter.pause():
                     row |= self.validate()

@@ -13,6 +13,8 @@ from trainer.engines.base import StepResult
 from trainer.objectives.base import Losses, Phase
 
 TIMESTEP_BINS = 8
+# Of every phase, in every row: null where all steps since the last row were passed over.
+_ALWAYS = ("loss", "grad_norm", "lr")
 
 
 class Meter:
@@ -71,12 +73,12 @@ class Meter:
         samples = self._steps * self.global_batch
         rate = samples / elapsed
         row: dict[str, float | int | None] = {"step": step}
+        row |= {f"{self._prefix(phase)}{name}": None for phase in self.phases for name in _ALWAYS}
         for name in [key.removeprefix("n:") for key in totals if key.startswith("n:")]:
             row[name] = totals[f"sum:{name}"] / totals[f"n:{name}"] if totals[f"n:{name}"] else None
         row |= {name: sum(values) / len(values) for name, values in self._norms.items()}
         row |= self._last
         row |= {
-            "samples": step * self.global_batch,
             "samples_per_s": rate,
             "data_wait": totals["data_wait"] / totals["elapsed"],
             "peak_memory_bytes": peak_memory_bytes(self.device),

@@ -40,6 +40,7 @@ def test_a_row_every_so_often_and_where_validation_happens(tmp_path):
     assert [row["loss"] for row in rows] == [2.0, 4.5, 6.0, 7.0], "each the mean since the row before"
     assert [row.get("val/loss") for row in rows] == [None, 7.0, None, 7.0]
     assert [row["skipped_steps"] for row in rows] == [1, 1, 1, 1]
+    assert [row["samples"] for row in rows] == [4, 8, 10, 12], "of the steps that updated weights"
     assert rows[2]["samples_per_s"] > 2 / 0.3, "validation's time is not training's"
 
 
