@@ -26,7 +26,7 @@ from data.curation.video import Stills, VideoFilter, combine, score_together
 from data.index import ensure_indexed
 from data.manifest import Manifest
 from data.scores import Recipe, Scored, ScoreError, as_json, read_scored, write_scores
-from data.store import Store, StoreError, redact, remove_leftovers
+from data.store import Store, redact, remove_leftovers
 from data.tasks import Task, Tasks, run_tasks
 
 
@@ -91,7 +91,8 @@ def run(config: Config) -> None:
     """Score the shards, then print what was done and what went wrong.
 
     Raises:
-        ConfigError: no shards, filters that do not go together, too many errors, a store that fails.
+        ConfigError: no shards, filters that do not go together, too many errors.
+        StoreError: a store fails.
     """
     from conf.schema import build
 
@@ -112,7 +113,7 @@ def run(config: Config) -> None:
         page = None
         if config.report and tasks.task is None:
             page = write_report(Path(config.report), manifests, store, config.funnel.where)
-    except (StoreError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from error
     print(summary(manifests, scored, time.perf_counter() - started))
     if page is not None:

@@ -20,7 +20,7 @@ from conf.errors import ConfigError
 from data.describe import describe, verify_shard
 from data.hashing import text64
 from data.manifest import Checksum, Manifest, manifest_url, read_manifest, write
-from data.store import Store, StoreError, redact
+from data.store import Store, redact
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ def run(config: Config) -> list[Manifest]:
     """Index (or verify) the shards, then print a summary and what is broken.
 
     Raises:
-        ConfigError: no shards; no place for manifests; damage, under `strict` or `verify`; a store that fails.
+        ConfigError: no shards; no place for manifests; no checksums to verify.
+        ValueError: damage, under `strict` or `verify`.
+        StoreError: a store fails.
     """
     from conf.schema import build
 
@@ -67,16 +69,18 @@ def run(config: Config) -> list[Manifest]:
         shards = store.expand(patterns)
         if config.verify:
             damaged = verify(shards, store, config.manifest_folder)
-            print("\n".join(damaged) or f"{len(shards)} shards: every member's checksum is right")
-            if damaged:
-                raise ConfigError(f"{len(damaged)} members differ from their checksums (listed above)")
-            return []
-        manifests = ensure_indexed(shards, store, config.manifest_folder, config.checksum, processes)
-    except (StoreError, ValueError) as error:
+        else:
+            manifests = ensure_indexed(shards, store, config.manifest_folder, config.checksum, processes)
+    except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.verify:
+        print("\n".join(damaged) or f"{len(shards)} shards: every member's checksum is right")
+        if damaged:
+            raise ValueError(f"{len(damaged)} members differ from their checksums (listed above)")
+        return []
     print(report(manifests, time.perf_counter() - started))
     if config.strict and any(m.problem_counts for m in manifests):
-        raise ConfigError("there are problems with the shards (listed above), and strict=true")
+        raise ValueError("there are problems with the shards (listed above), and strict=true")
     return manifests
 
 

@@ -29,7 +29,7 @@ from data.packing.samples import Contents, Packed, Part, Row, check_columns, fet
 from data.packing.shards import Report, read_report, write_shard
 from data.scores import open_scores, read_scored, score_names
 from data.selection import Selection
-from data.store import Store, StoreError, protocol_of, redact, remove_leftovers
+from data.store import Store, protocol_of, redact, remove_leftovers
 from data.tars import TarData
 from data.tasks import Task, Tasks, run_tasks
 
@@ -88,6 +88,8 @@ def run(config: Config) -> None:
 
     Raises:
         ConfigError: nothing selected, a column that is nowhere, another pack in the folder, too many errors ...
+        StoreError: a store fails.
+        ChildProcessError: a task was killed.
     """
     from conf.schema import build
 
@@ -100,7 +102,7 @@ def run(config: Config) -> None:
         pictures = Pictures(config.short_side, config.format, config.quality, config.verify, data.max_pixels)
         job = prepare(config, data, pictures)
         reports = job.run(tasks)
-    except (StoreError, ValueError, ChildProcessError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from error
     print(summary(reports, job, time.perf_counter() - started))
 

@@ -68,7 +68,9 @@ def execute(arguments: Sequence[str]) -> int:
         # What users cause is a ValueError, what stores and disks cause an OSError; but bugs raise these too.
         if os.environ.get(_TRACEBACK):
             raise
-        print(f"millrace: {error} ({_TRACEBACK}=1 shows where this was raised)", file=sys.stderr)
+        # A rank's sentence has the hint already.
+        hint = "" if _TRACEBACK in str(error) else f" ({_TRACEBACK}=1 shows where this was raised)"
+        print(f"millrace: {error}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("millrace: interrupted", file=sys.stderr)

@@ -49,7 +49,9 @@ def launch(job: str, overrides: list[str], config: DictConfig) -> None:
     The first SIGTERM, SIGUSR1 or SIGINT is passed on to the ranks, which have all the time they need to save and leave.
 
     Raises:
-        ConfigError: the run's folder cannot be made; or a rank failed: the sentence names it and its log.
+        ConfigError: the run's folder cannot be made; or a rank failed by a mistake in the command (status 2): the
+            sentence names it and its log.
+        ChildProcessError: likewise, a rank that failed otherwise.
         KeyboardInterrupt: Ctrl-C was pressed twice, or before there were ranks; none is left.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,7 +80,9 @@ def launch(job: str, overrides: list[str], config: DictConfig) -> None:
                     names = " and ".join(number.name for number in forwarded)
                     words = f"asked to stop by {names}, {words} (exit status {failure.exitcode})"
                 if forwarded or restarts == 0:
-                    raise ConfigError(f"{words}; its whole output is under {logs}.") from error
+                    # The command ends with the rank's own status.
+                    kind = ConfigError if failure.exitcode == 2 else ChildProcessError
+                    raise kind(f"{words}; its whole output is under {logs}.") from error
                 restarts -= 1
                 log.warning("%s; starting again, %d more times", words, restarts)
 
@@ -146,8 +150,12 @@ def follow_launcher() -> None:
 
 
 def run_directory(config: DictConfig) -> Path:
-    """Where a job of this config writes."""
-    return Path(config.get("runs", "runs")) / str(config.get("name", "job"))
+    """Where a job of this config writes; raises ConfigError when its name leads elsewhere."""
+    from trainer.run_directory import check_name
+
+    name = str(config.get("name", "job"))
+    check_name(name)
+    return Path(config.get("runs", "runs")) / name
 
 
 def _last_words(logs: Path, rank: int) -> str:

@@ -52,7 +52,7 @@ def test_the_job_reports_what_is_broken_and_fails_only_under_strict(tmp_path):
     assert "problems: truncated (2)" in done.stdout
     assert f"{shards[1]}: truncated: " in done.stdout
     strict = job(f"shards={tmp_path}", "strict=true")
-    assert strict.returncode == 2
+    assert strict.returncode == 1
     assert "strict=true" in strict.stderr
 
 
@@ -74,6 +74,12 @@ def test_mistakes_are_one_sentence(tmp_path, overrides, words):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_store_that_fails_is_no_mistake_in_the_command(tmp_path):
+    gone = job("shards=http://127.0.0.1:9/a.tar", f"manifest_folder={tmp_path}", "store.attempts=1", "processes=1")
+    assert gone.returncode == 1
+    assert gone.stderr.splitlines()[-1].startswith("millrace: http://127.0.0.1:9/a.tar: ")
+
+
 def test_verify_finds_the_flipped_byte_and_its_member(tmp_path, capsys):
     shards = write_shards(tmp_path, 3)
     with pytest.raises(ConfigError, match="no checksums"):
@@ -85,7 +91,7 @@ def test_verify_finds_the_flipped_byte_and_its_member(tmp_path, capsys):
     content = bytearray(shards[1].read_bytes())
     content[offset + size // 2] ^= 4
     shards[1].write_bytes(content)
-    with pytest.raises(ConfigError, match="1 members differ"):
+    with pytest.raises(ValueError, match="1 members differ"):
         run(Config(str(tmp_path), verify=True))
     assert f"{shards[1]}: {name} at byte {offset} differs" in capsys.readouterr().out
 

@@ -146,9 +146,23 @@ def test_a_rank_that_fails_while_stopping_is_told_and_not_started_again(launched
     (run.folder / "checkpoints").rename(run.folder / "moved")
     (run.folder / "checkpoints").write_text("in the way")
     run.process.send_signal(signal.SIGTERM)
-    assert run.ends() == 2
+    assert run.ends() == 1
     sentence = run.output.read_text().rstrip().splitlines()[-1]
     assert sentence.startswith("millrace: asked to stop by SIGTERM, rank ") and "checkpoint" in sentence
+
+
+def test_the_command_ends_with_the_status_of_the_rank_that_failed(folder):
+    def status(name: str, *overrides: str) -> int:
+        done = subprocess.run(
+            command(folder, name, *overrides), env=environment(), capture_output=True, text=True, timeout=200
+        )
+        last = done.stderr.rstrip().splitlines()[-1]
+        assert last.startswith("millrace: rank ") and "Traceback" not in last
+        assert last.count("MILLRACE_TRACEBACK") == (done.returncode == 1)
+        return done.returncode
+
+    # What only the ranks find out.
+    assert status("data", f"data.sources.scenes.shards={folder}/nowhere") == 1
 
 
 def test_a_rank_that_fails_is_started_again_as_often_as_asked(launched, tmp_path):
