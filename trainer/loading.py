@@ -18,7 +18,7 @@ from models.process import Process
 from models.schedules import RectifiedFlow
 from models.text import AbsentEncoder, ClipEncoder, T5Encoder, TextConditioner, TextEncoder
 from models.weighting import Unweighted
-from trainer.checkpoint import CheckpointPolicy, load_weights, read_record
+from trainer.checkpoint import CheckpointError, CheckpointPolicy, load_weights, read_record
 from trainer.checkpoint.format import is_committed
 
 
@@ -50,7 +50,7 @@ def load_model(path: str | Path, ema: str = "auto") -> Loaded:
 
     Raises:
         ValueError: there is nothing of the kind at the path.
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or is not of the model that its config describes.
     """
     path = Path(path)
     if (path / "model_index.json").is_file():
@@ -78,9 +78,15 @@ def _load_checkpoint(path: Path, ema: str) -> Loaded:
         denoiser, first_stage = build(config.model), build(config.first_stage)
     denoiser.to_empty(device="cpu")
     denoiser.init_buffers()
-    keys = denoiser.load_state_dict(load_weights(path, "denoiser", ema=length), strict=False)
-    buffers = {name for name, _ in denoiser.named_buffers()}
-    assert not keys.unexpected_keys and set(keys.missing_keys) <= buffers, f"{path} does not fit its own config: {keys}"
+    weights = load_weights(path, "denoiser", ema=length)
+    wanted = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+        raise CheckpointError(
+            f"{path} does not fit the model of its own config: {len(wrong)} parameters differ, the first is {wrong[0]},"
+            f" of shape {found.get(wrong[0])} in the checkpoint and {wanted.get(wrong[0])} in the model"
+        )
+    denoiser.load_state_dict(weights, strict=False)  # buffers are not saved
     buckets = build(config.buckets)
     return Loaded(
         networks={"denoiser": denoiser, "conditioner": build(config.conditioner), "first_stage": first_stage},

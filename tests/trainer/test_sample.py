@@ -16,6 +16,7 @@ from tests.models.test_text import CAPTIONS, JOINT, LENGTH, sd3  # noqa: F401 (a
 from tests.trainer.jobs import train_on
 from tools import cli
 from tools.demo.scenes import write_tars
+from trainer.checkpoint import CheckpointError
 from trainer.loading import load_model
 from trainer.sampling import SAMPLING_STEP, Picture, draw, grid
 
@@ -148,3 +149,15 @@ def test_a_grid_holds_pictures_of_several_sizes():
     sheet = grid([torch.zeros(3, 4, 6, dtype=torch.uint8), torch.zeros(3, 6, 4, dtype=torch.uint8)], columns=2, gap=1)
     assert sheet.shape == (3, 8, 15)
     assert int((sheet == 0).sum()) == 3 * 48
+
+
+def test_a_checkpoint_that_is_not_of_its_configs_model_is_named(tmp_path: Path, capsys):
+    write_tars(tmp_path / "scenes", 20, seed=0)
+    train_on(1, tmp_path, "name=run", f"data.sources.scenes.shards={tmp_path}/scenes", "steps=1")
+    run = tmp_path / "runs" / "run"
+    (meta,) = run.glob("checkpoints/step_*/checkpoint.json")
+    edited = meta.read_text().replace('"num_layers": 2', '"num_layers": 1')
+    assert edited != meta.read_text()
+    meta.write_text(edited)
+    with pytest.raises(CheckpointError, match=r"does not fit the model of its own config: \d+ parameters differ"):
+        load_model(meta.parent)

@@ -267,9 +267,5 @@ class FSDPEngine:
                 shared.local_part(g) for own in trainable if (g := own.parameter.grad) is not None
             ),
             "optimizer": storage_bytes(state[moment] for state in states for moment in MOMENTS),
-            "frozen": storage_bytes(
-                shared.local_part(p)
-                for name in set(self.networks) - set(self._trainable)
-                for p in self.networks[name].parameters()
-            ),
+            "frozen": shared.frozen_bytes(self.networks[name] for name in self._frozen),
         }
