@@ -150,7 +150,7 @@ class Store:
 
     def _check_pipe(self, url: str) -> None:
         if not self.allow_pipe:
-            raise ValueError(f"{url.split()[0]} ... would run a shell command; set allow_pipe=true if you trust it")
+            raise ValueError(f"{redact(url)} would run a shell command; set allow_pipe=true if you trust it")
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -461,7 +461,12 @@ def local_path(url: str) -> Path:
 
 
 def redact(url: str) -> str:
-    """The URL without what may be secret in it (user, password, query), fit for logs and errors."""
+    """The URL without what may be secret in it (user, password, query; all of a `pipe:` command but its program), fit
+    for logs and errors."""
+    if protocol_of(url) == "pipe":
+        program = url.removeprefix("pipe:").split(maxsplit=1)[:1]
+        # `TOKEN=... curl` begins with an assignment.
+        return "pipe:" + " ".join([*(word for word in program if "=" not in word), "..."])
     if "://" not in url:
         return url
     parts = urlsplit(url)

@@ -29,7 +29,9 @@ from trainer.networks import check_networks
 from trainer.objectives.base import DrawsPictures, Objective, Validates
 from trainer.passes import Passes
 from trainer.phases import build_by_phase
+from trainer.run_directory import check_name
 from trainer.schedule import Schedule
+from trainer.tracking import WandbConfig
 
 
 @dataclass
@@ -37,7 +39,7 @@ class LogConfig:
     """`log` of conf/train.yaml."""
 
     every: PositiveInt
-    wandb: dict[str, Any] | None
+    wandb: WandbConfig | None
     peak_flops: PositiveFloat | None
 
 
@@ -94,6 +96,7 @@ class Config:
     dry_run: bool
     rehearse: bool
     patience: PositiveInt
+    hang_timeout: PositiveFloat | None
     log: LogConfig
     validation: ValidationConfig
     samples: SamplesConfig
@@ -107,8 +110,9 @@ def preflight(config: Any, ranks: int) -> None:
         ranks: that the run is to have.
 
     Raises:
-        ConfigError: a value out of range, or parts that do not fit each other.
+        ConfigError: a value out of range, a name that leads out of `runs`, or parts that do not fit each other.
     """
+    check_name(config.name)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device here: take device=auto or device=cpu.")
     try:

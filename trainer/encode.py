@@ -45,6 +45,7 @@ from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.encodings import encoder_settings, encoding_of, latent_settings, rows_of, with_moments
 from trainer.engines.networks import prepare_frozen
 from trainer.networks import build_conditioner
+from trainer.run_directory import check_name
 
 # Ranks meet only at the end, some long after the others.
 _LONGEST_WAIT_S = 30 * 24 * 3600.0
@@ -76,6 +77,7 @@ def preflight(config: Any, ranks: int) -> None:
     Raises:
         ConfigError: names the key at fault.
     """
+    check_name(config.name)
     data: TarData = build(config.data)
     if data.encoded is None:
         raise ConfigError("data.encoded must name the encoding: add data.encoded=<name>, here and in train.")

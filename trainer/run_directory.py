@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from conf.errors import ConfigError
+from data.store import protocol_of, redact
+
 _SECRET = re.compile(r"(^|_)(key|token|secret|password|credential)s?($|_)|api_?key|access_?key", re.IGNORECASE)
 _URL_SECRET = re.compile(r"://[^/@\s]+@")
 _NO_SECRETS = {"log_keys", "keys", "key_hash"}
@@ -51,13 +54,24 @@ class RunDirectory:
             scratch.replace(self.metrics)
 
 
+def check_name(name: str) -> None:
+    """Refuse a run's name that is no folder within `runs`.
+
+    Raises:
+        ConfigError: it is empty, absolute, or holds "..".
+    """
+    path = Path(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ConfigError(f"name={name!r} is no folder within `runs`: give the run a name such as name=first")
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a .jsonl file; a last line cut short by a crash is left out."""
     return [row for _, row in _rows(path)]
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """The value with passwords, keys and tokens masked, by their names and inside URLs."""
+    """The value with passwords, keys and tokens masked, by their names, inside URLs and in `pipe:` commands."""
     if isinstance(value, dict):
         if name == "storage_options":
             return {protocol: _told(options) for protocol, options in value.items()}
@@ -67,6 +81,8 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         if value and _SECRET.search(name) and name not in _NO_SECRETS:
             return "***"
+        if protocol_of(value) == "pipe":
+            return redact(value)
         return _URL_QUERY.sub(r"\1?***", _URL_SECRET.sub("://***@", value))
     return value
 

@@ -7,13 +7,32 @@ import os
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
+
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """`log.wandb` of conf/train.yaml.
+
+    Args:
+        project, entity, group, tags: as W&B has them.
+        mode: "auto" is online where this machine is logged in and W&B answers, else offline: nothing is ever asked for.
+    """
+
+    project: str = "millrace"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: WandbMode = "auto"
 
 
 class Tracker:
@@ -24,12 +43,11 @@ class Tracker:
         config: of the run, for W&B; without secrets.
         steps: length of the run, for the progress bar.
         start: the step that the run goes on from.
-        wandb: project, entity, group, tags and mode for W&B; None leaves it out. The mode "auto" is online where
-            this machine is logged in and W&B answers, else offline: nothing is ever asked for.
+        wandb: for W&B; None leaves it out.
         is_main: whether this rank writes.
 
     Raises:
-        ValueError: W&B is to be online, and this machine is not logged in.
+        ValueError: W&B is to be online, and this machine is not logged in; $WANDB_MODE is no mode.
     """
 
     def __init__(
@@ -38,7 +56,7 @@ class Tracker:
         config: dict[str, Any],
         steps: int,
         start: int,
-        wandb: Mapping[str, Any] | None,
+        wandb: WandbConfig | None,
         is_main: bool,
     ):
         self._directory = directory
@@ -98,7 +116,7 @@ class _Wandb:
     identity, and plots are drawn over the rows' own "step".
     """
 
-    def __init__(self, directory: RunDirectory, config: dict[str, Any], settings: Mapping[str, Any]):
+    def __init__(self, directory: RunDirectory, config: dict[str, Any], settings: WandbConfig):
         import wandb
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
@@ -107,8 +125,6 @@ class _Wandb:
         if self._file.exists():
             known = json.loads(self._file.read_text())
             self._id, self._logged = known["id"], known["logged"]
-        options = {"mode": "auto", **settings}
-        asked = options.pop("mode")
 
         def start(mode: Any) -> Any:
             return wandb.init(
@@ -119,14 +135,18 @@ class _Wandb:
                 config=config,
                 allow_val_change=True,
                 mode=mode,
-                settings=wandb.Settings(silent=True, console="off", x_save_requirements=False),
-                **options,
+                project=settings.project,
+                entity=settings.entity,
+                group=settings.group,
+                tags=list(settings.tags),
+                # W&B's metadata holds the command line, and that may hold a secret which `config` has masked.
+                settings=wandb.Settings(silent=True, console="off", x_save_requirements=False, x_disable_meta=True),
             )
 
         try:
-            self._run = start(_resolved(asked))
+            self._run = start(_resolved(settings.mode))
         except wandb.errors.CommError as error:
-            if asked != "auto":
+            if settings.mode != "auto":
                 raise
             log.warning("W&B does not answer, and is written offline from here on: %s", error)
             wandb.teardown()
@@ -149,16 +169,18 @@ class _Wandb:
         self._run.log(dict(row), step=self._logged)
 
 
-def _resolved(mode: str) -> Any:
+def _resolved(mode: str) -> str:
     """ "auto" becomes "online" or "offline"; WANDB_MODE decides where it is set.
 
     Raises:
-        ValueError: "online" without a login, for which W&B would ask.
+        ValueError: "online" without a login, for which W&B would ask; $WANDB_MODE is no mode.
     """
     import wandb
 
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "auto")
+        if mode not in get_args(WandbMode):
+            raise ValueError(f"WANDB_MODE={mode!r} in the environment: one of {', '.join(get_args(WandbMode))}")
     if mode not in ("auto", "online"):
         return mode
     wandb.setup(wandb.Settings(silent=True))

@@ -17,6 +17,7 @@ from trainer.config import Config as Config
 from trainer.config import preflight as preflight
 from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.encodings import use_encodings
+from trainer.hang import HangReport
 from trainer.hardware import peak_flops
 from trainer.init_from import InitFrom
 from trainer.loop import Callback, Run, fit
@@ -31,7 +32,7 @@ from trainer.samples import SampleGrid, pictures_for
 from trainer.serving import Serving
 from trainer.signals import StopSignal
 from trainer.state import RunState
-from trainer.tracking import Tracker
+from trainer.tracking import Tracker, WandbConfig
 from trainer.validation import Validation, validation_batches
 
 log = logging.getLogger(__name__)
@@ -124,9 +125,8 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
 
     # What happens between steps.
     meter = Meter(objective.phases, config.batch, world.device)
-    tracker = resources.enter_context(
-        Tracker(directory, plain, config.steps, state.step, config.log.wandb, world.is_main)
-    )
+    wandb = WandbConfig(**config.log.wandb) if config.log.wandb is not None else None
+    tracker = resources.enter_context(Tracker(directory, plain, config.steps, state.step, wandb, world.is_main))
     loader = split.loader(state.segments.plan, mine, pin_memory=world.device.type == "cuda")
     serving = resources.enter_context(closing(Serving(loader, directory.path, state.step, meter, world.device)))
 
@@ -159,6 +159,8 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     callbacks.append(Every(lambda step: None if loop.bad_steps else save(step), policy.every, config.steps, meter))
 
     # The loop.
+    hang = HangReport(config.hang_timeout, directory.path / "logs" / f"hang_of_rank_{world.rank}.txt")
+    callbacks.append(resources.enter_context(hang))
     if config.rehearse:
         rehearse(objective, engine, shapes, slice_size, len(mine), arrange, data.encoding)
     meter.flops_per_sample = sum(share * objective.flops(networks, shape) for shape, share in shares.items())

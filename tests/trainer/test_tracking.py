@@ -33,11 +33,11 @@ import logging, sys
 from pathlib import Path
 from PIL import Image
 from trainer.run_directory import RunDirectory
-from trainer.tracking import Tracker
+from trainer.tracking import Tracker, WandbConfig
 logging.basicConfig(level=logging.INFO)
 directory = RunDirectory(sys.argv[1], "run")
 def tracker(start, mode="auto"):
-    return Tracker(directory, {"seed": 3}, 9, start, {"project": "p", "mode": mode}, is_main=True)
+    return Tracker(directory, {"seed": 3}, 9, start, WandbConfig(project="p", mode=mode), is_main=True)
 def take(tracker, *steps):
     for step in steps:
         tracker.log({"step": step, "loss": 10.0 + step, "loss_by_t/0": None})
