@@ -197,8 +197,12 @@ def test_a_folder_that_cannot_be_made_is_told_by_its_key(monkeypatch, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(capsys):
     assert "device=cuda" in one_sentence(capsys, "train", SOURCE, "device=cuda")
+
+
+def test_a_name_that_leads_elsewhere_is_refused_before_ranks_write_logs(capsys, tmp_path):
     arguments = ["sample", "source=x", f"runs={tmp_path}/runs", "name=../x", "cluster.processes=2"]
     assert "name='../x'" in one_sentence(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_defaults_fit_each_other():
