@@ -1,9 +1,11 @@
 """The loader of a run: planned slices through DataLoader workers, in order, from any step on."""
 
+import atexit
 import math
 import signal
 import time
 import traceback
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +74,8 @@ class Loader:
         self._next_step = -1
         self._bad_in_a_row = 0
         self._records = Records()
+        # At its exit, Python ends children by SIGTERM and waits for them: ours would never go.
+        atexit.register(_close, weakref.ref(self))
 
     def step(self, step: int) -> list[Batch]:
         """The batches of the rank's lanes, in their order.
@@ -100,8 +104,11 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers."""
+        workers = getattr(self._loader._iterator, "_workers", [])
         self._deliveries = None
-        self._loader._iterator = None  # where DataLoader keeps persistent workers
+        self._loader._iterator = None  # where DataLoader keeps persistent workers; going, it asks them to end
+        for worker in workers:
+            worker.kill()  # one that did not: it may wait for a lock that another died with
 
     def _receive(self, step: int, lane: int) -> Batch:
         assert self._deliveries is not None
@@ -185,6 +192,11 @@ def _ignore_stops(_: int) -> None:
     the loader, batches must come."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _close(loader: "weakref.ref[Loader]") -> None:
+    if (alive := loader()) is not None:
+        alive.close()
 
 
 def _as_it_is(delivery: Any) -> Any:
