@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test slow lint
+.PHONY: install demo test lint
 install: $(VENV)/.installed
 # constraints.txt pins what was tested together; on a machine with CUDA the same line takes torch's CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -17,11 +17,7 @@ demo: install
 	$(BIN)/python -m tools.demo
 
 test: install
-	$(BIN)/python -m pytest -q tests -m "not slow"
-
-# The longest tests: whole runs killed and resumed, on every engine.
-slow: install
-	$(BIN)/python -m pytest -q tests -m slow
+	$(BIN)/python -m pytest -q tests
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
