@@ -276,7 +276,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_half_written_file(tmp_path):
     assert len(lines) == 2, done.stderr
     assert f"{tmp_path}/new" in lines[0]
     assert "too large" in lines[0]
-    assert f"cannot be written to {tmp_path}/cache/selections" in lines[1]
+    assert f"cannot write to {tmp_path}/cache/selections" in lines[1]
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert files == ["a.manifest.parquet", "a.tar"]
 
