@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from conf.errors import ConfigError
+from conf.secrets import without_secrets
 
 
 def check(config: DictConfig, schema: type) -> None:
@@ -142,7 +143,15 @@ def _check_leaf(value: Any, kind: Any, path: str) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         fault = "is out of range" if first["type"].startswith(("greater", "less")) else "is of the wrong type"
-        raise ConfigError(f"{path}={value!r} {fault}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
+        raise ConfigError(
+            f"{path}={_shown(value, path)!r} {fault}: {first['msg'][0].lower()}{first['msg'][1:]}."
+        ) from error
+
+
+def _shown(value: Any, path: str) -> Any:
+    """The value as a sentence may show it: its path may say that it is secret."""
+    keys = path.split(".")
+    return "***" if "storage_options" in keys else without_secrets(value, keys[-1])
 
 
 def _is_described(kind: Any) -> bool:

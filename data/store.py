@@ -27,6 +27,7 @@ import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from fsspec.asyn import sync
 
+from conf.secrets import without_command
 from data.hashing import text64
 
 REMOTE_BLOCK = 8 << 20
@@ -464,9 +465,7 @@ def redact(url: str) -> str:
     """The URL without what may be secret in it (user, password, query; all of a `pipe:` command but its program), fit
     for logs and errors."""
     if protocol_of(url) == "pipe":
-        program = url.removeprefix("pipe:").split(maxsplit=1)[:1]
-        # `TOKEN=... curl` begins with an assignment.
-        return "pipe:" + " ".join([*(word for word in program if "=" not in word), "..."])
+        return without_command(url)
     if "://" not in url:
         return url
     parts = urlsplit(url)

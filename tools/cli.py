@@ -92,7 +92,7 @@ def _run(job: str, overrides: list[str]) -> None:
     if show:
         from omegaconf import OmegaConf
 
-        from trainer.run_directory import without_secrets
+        from conf.secrets import without_secrets
 
         print(OmegaConf.to_yaml(without_secrets(OmegaConf.to_container(config))))
         return

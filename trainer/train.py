@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from conf.schema import build
+from conf.secrets import without_secrets
 from data.inspect import bucket_table, contact_sheet
 from data.plan import Plan, lanes_of, split_batch
 from data.tars import TarSplit
@@ -27,7 +28,7 @@ from trainer.passes import Passes
 from trainer.phases import build_by_phase
 from trainer.rehearsal import rehearse
 from trainer.report import write_report
-from trainer.run_directory import RunDirectory, without_secrets
+from trainer.run_directory import RunDirectory
 from trainer.samples import SampleGrid, pictures_for
 from trainer.serving import Serving
 from trainer.signals import StopSignal

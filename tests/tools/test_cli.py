@@ -328,6 +328,15 @@ def test_a_value_of_nearly_the_right_type_is_refused(override, capsys):
     one_sentence(capsys, "train", override)
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["data.storage_options.s3=hunter2", "data.storage_options=hunter2", "data.sources.a=https://u:hunter2@h/x.tar"],
+)
+def test_a_secret_in_the_wrong_place_is_refused_without_being_told(override, capsys):
+    sentence = one_sentence(capsys, "train", override)
+    assert override.partition("=")[0] in sentence and "hunter2" not in sentence
+
+
 def test_no_key_of_a_job_shares_the_name_of_a_group():
     groups = {path.name for path in ROOT.iterdir() if path.is_dir()}
     for job in cli.JOBS:

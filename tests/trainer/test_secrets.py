@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from conf.secrets import without_secrets
 from tests.trainer.jobs import SMALL
 from tools.demo.scenes import write_tars
-from trainer.run_directory import without_secrets
 
 
 @pytest.mark.timeout(300)
