@@ -6,8 +6,6 @@ Both arrays are memory-mapped, so that all ranks of a node share one copy and on
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.buckets import Buckets
+from data.cache import make_once
 
 PADDING = 255
 """The bucket of the places that fill up the last block."""
@@ -60,7 +59,7 @@ def compile_sizes(
     """Compile a selection, or open what an earlier run compiled.
 
     Nothing of `sizes` is read when the compiled selection is already there. Several processes may compile the same
-    selection at once: each writes a folder of its own, and the first to finish gives it its final name.
+    selection at once.
 
     Args:
         sizes: widths and heights in pixels of consecutive rows, in chunks of any length: ((n,), (n,)).
@@ -76,19 +75,9 @@ def compile_sizes(
         raise ValueError(f"block {block} must be positive")
     identity = json.dumps([_FORMAT, selection, buckets.fingerprint, rows, block])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    target = Path(folder) / f"compiled-{fingerprint}"
-    if not (target / _META).exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-        try:
-            _write(scratch, sizes, rows, buckets, block)
-            try:
-                scratch.rename(target)
-            except OSError:
-                if not (target / _META).exists():
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    target = make_once(
+        Path(folder), f"compiled-{fingerprint}", _META, lambda empty: _write(empty, sizes, rows, buckets, block)
+    )
     return _open(target, rows, buckets, fingerprint)
 
 

@@ -4,9 +4,6 @@ It is made once and kept in a cache folder as memory-mapped arrays, so that a bi
 """
 
 import json
-import os
-import shutil
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +13,11 @@ import numpy as np
 import pyarrow.compute as pc
 import xxhash
 
+from data.cache import make_once
 from data.manifest import Manifest
 from data.scan import Scan, ask, database, quantile_values
 from data.scores import score_identity
-from data.store import Store, StoreError, cache_root, redact
+from data.store import Store, cache_root, redact
 from data.where import Where
 
 VERSION = 1
@@ -139,24 +137,12 @@ def select(
     clause = Where(where) if where and where.strip() else None
     scan = Scan(manifests, store, clause)
     key = _cache_key(scan, where, holdout, split)
-    folder = cache_root(cache_folder) / "selections" / key
-    if not (folder / "selection.json").exists():
-        temporary = folder.with_name(f".{key}.{os.getpid()}-{threading.get_ident()}")
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            _materialise(temporary, scan, clause, holdout, split)
-            try:
-                temporary.rename(folder)
-            except OSError:  # another process was first, with the same content
-                if not (folder / "selection.json").exists():
-                    raise
-        except StoreError:
-            raise
-        except OSError as error:
-            reason = error.strerror or error
-            raise StoreError(f"cannot write to {folder.parent}: {reason} (data.cache_folder={cache_folder})") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    folder = make_once(
+        cache_root(cache_folder),
+        f"selections/{key}",
+        "selection.json",
+        lambda empty: _materialise(empty, scan, clause, holdout, split),
+    )
     return Selection.open(folder)
 
 

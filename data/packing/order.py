@@ -6,9 +6,6 @@ number of samples is held in memory: sizes and key hashes lie in memory-mapped f
 """
 
 import json
-import os
-import shutil
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from data.cache import make_once
 from data.hashing import mix64, permute, text64
 from data.manifest import open_parquet, told_by
 from data.selection import Selection
-from data.store import Store, StoreError, cache_root, redact
+from data.store import Store, cache_root, redact
 from data.tar_index import BLOCK
 
 _VERSION = 1
@@ -121,24 +119,12 @@ def make_order(
         "selections": [selection.fingerprint for selection in selections],
     }
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(told).encode())
-    folder = cache_root(cache_folder) / "orders" / fingerprint
-    if not (folder / "order.json").exists():
-        temporary = folder.with_name(f".{fingerprint}.{os.getpid()}-{threading.get_ident()}")
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            _write(temporary, selections, store, seed, samples, bytes)
-            (temporary / "order.json").write_text(json.dumps(told))
-            try:
-                temporary.rename(folder)
-            except OSError:  # another process was first, with the same content
-                if not (folder / "order.json").exists():
-                    raise
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(f"the order of samples cannot be written to {folder.parent}: {error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+    def write(empty: Path) -> None:
+        _write(empty, selections, store, seed, samples, bytes)
+        (empty / "order.json").write_text(json.dumps(told))
+
+    folder = make_once(cache_root(cache_folder), f"orders/{fingerprint}", "order.json", write)
     return Order.open(folder, fingerprint)
 
 
