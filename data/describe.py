@@ -11,7 +11,8 @@ import pyarrow as pa
 from data.hashing import text64
 from data.manifest import HASHES, STRUCTURE, Checksum, Manifest, open_parquet
 from data.media_size import MediaSize, image_size, media_member, video_size
-from data.store import Identity, RangedFile, Store, StoreError, redact
+from data.ranged_file import RangedFile
+from data.store import Identity, Store, StoreError, redact
 from data.tar_index import Member, Problem, Sample, read_samples
 
 LARGEST_TEXT = 1 << 20

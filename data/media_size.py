@@ -10,7 +10,7 @@ from typing import IO, Literal, cast
 
 from PIL import Image, UnidentifiedImageError
 
-from data.store import RangedFile
+from data.ranged_file import RangedFile
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff", "avif", "jp2"])
 VIDEO_EXTENSIONS = frozenset(["mp4", "mkv", "webm", "mov", "avi", "m4v", "mpg", "mpeg", "ts"])

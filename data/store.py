@@ -5,16 +5,11 @@ the URL: a store's fault stops a run, it never changes what is trained on.
 """
 
 import glob
-import io
 import os
 import random
-import re
-import socket
 import subprocess
 import tempfile
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +24,8 @@ from fsspec.asyn import sync
 
 from conf.secrets import without_command
 from data.hashing import text64
+from data.local_files import OpenFiles, publish, remove_leftovers_in, temporary_beside, write_atomically
+from data.ranged_file import RangedFile
 
 REMOTE_BLOCK = 8 << 20
 """Bytes per request when a remote file is read in sequence."""
@@ -40,8 +37,6 @@ LISTING_TIMEOUT = 600.0
 OPEN_FILES = 128
 
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
-_HOST = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
-_TEMPORARY = re.compile(rf"\..*\.{_HOST}-(\d+)-\d+")
 T = TypeVar("T")
 
 
@@ -89,14 +84,14 @@ class Store:
         self.attempts = attempts
         self.timeout = timeout
         self.cache_folder = cache_root(cache_folder)
-        self._handles = _Handles(OPEN_FILES)
+        self._handles = OpenFiles(OPEN_FILES)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_handles"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._handles = _Handles(OPEN_FILES)
+        self._handles = OpenFiles(OPEN_FILES)
 
     # --- names -------------------------------------------------------------------------------------------------
 
@@ -234,7 +229,7 @@ class Store:
         while piece := file.read(file.block):
             yield piece
 
-    def open(self, url: str, block: int | None = None) -> "RangedFile":
+    def open(self, url: str, block: int | None = None) -> RangedFile:
         """A seekable file that reads `block` bytes at a time (by default what suits the store)."""
         local = protocol_of(url) in ("file", "pipe")
         size = self.identity(url).size
@@ -267,7 +262,7 @@ class Store:
         local = protocol_of(url) == "file"
         try:
             if local:
-                path = _temporary(local_path(url))
+                path = temporary_beside(local_path(url))
                 path.parent.mkdir(parents=True, exist_ok=True)
             else:
                 handle, name = tempfile.mkstemp(prefix="millrace-")
@@ -278,7 +273,7 @@ class Store:
         try:
             yield path
             if local:
-                _publish(path, local_path(url))
+                publish(path, local_path(url))
                 return
             fs, target = self._filesystem(url)
             limit = self.timeout * max(1, path.stat().st_size / LARGEST_READ)
@@ -343,111 +338,6 @@ class Store:
         return path
 
 
-class RangedFile(io.RawIOBase):
-    """A read-only, seekable file over a function that reads ranges. Remembers the last block it fetched.
-
-    Reading on within the block, or seeking within it, costs nothing; a seek past it skips what lies between.
-
-    Args:
-        fetch: (offset, size) -> exactly that many bytes.
-        size: of the file, in bytes.
-        block: bytes to fetch at once; 0 fetches just what is asked for.
-    """
-
-    def __init__(self, fetch: Callable[[int, int], bytes], size: int, block: int) -> None:
-        self.size, self.block = size, block
-        self._fetch = fetch
-        self._position = 0
-        self._buffer = b""
-        self._buffer_at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def pread(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes at `offset`: fewer only at the end of the file."""
-        size = max(0, min(size, self.size - offset))
-        begin = offset - self._buffer_at
-        if begin < 0 or begin + size > len(self._buffer):
-            if size >= self.block:
-                return self._fetch(offset, size)
-            self._buffer = self._fetch(offset, min(self.block, self.size - offset))
-            self._buffer_at, begin = offset, 0
-        return self._buffer[begin : begin + size]
-
-    def read(self, size: int | None = -1) -> bytes:
-        wanted = self.size - self._position if size is None or size < 0 else size
-        data = self.pread(self._position, wanted)
-        self._position += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self.read(-1)
-
-    def part(self, offset: int, size: int, block: int = 0) -> "RangedFile":
-        """A file over a range of this one: on this one's buffer, or with blocks of its own for reads out of order."""
-        fetch = self._fetch if block else self.pread
-        return RangedFile(lambda begin, length: fetch(offset + begin, length), size, block)
-
-
-class _Handles:
-    """Open local files of this process, the least recently used closed first."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._open: OrderedDict[str, _Handle] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def pread(self, path: str, offset: int, size: int) -> bytes:
-        with self._lock:
-            handle = self._open.get(path)
-            if handle is None:
-                handle = self._open[path] = _Handle(path)
-                if len(self._open) > self._limit:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(path)
-        parts = []
-        while size > 0 and (part := os.pread(handle.fd, size, offset)):
-            parts.append(part)
-            offset, size = offset + len(part), size - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def forget_unless(self, path: str, stat: os.stat_result) -> None:
-        """Close the file if the path now leads to another one."""
-        with self._lock:
-            handle = self._open.get(path)
-            if handle is not None and os.fstat(handle.fd).st_ino != stat.st_ino:
-                del self._open[path]
-
-
-class _Handle:
-    """A file descriptor that closes with its last user: another thread may still be reading when it is evicted."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
 def protocol_of(url: str) -> str:
     """`file` for paths; else what stands before `://` (or `pipe`)."""
     if url.startswith("pipe:"):
@@ -482,48 +372,10 @@ def cache_root(folder: str | Path | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "millrace"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file by way of a temporary one beside it and a rename; creates the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        temporary.write_bytes(content)
-        _publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def remove_leftovers(folder: str) -> None:
     """Remove the temporary files that killed processes of this machine left in a folder; one of a store has none."""
-    if protocol_of(folder) != "file":
-        return
-    for path in local_path(folder or ".").glob(f".*.{_HOST}-*"):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found and not _is_alive(int(found[1])):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
-def _temporary(path: Path) -> Path:
-    """The file beside it that becomes it when it is whole."""
-    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{threading.get_ident()}")
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Put a whole file, on the disk before its name is."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    if protocol_of(folder) == "file":
+        remove_leftovers_in(local_path(folder or "."))
 
 
 def _expand_braces(pattern: str) -> list[str]:

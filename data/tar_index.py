@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from data.store import RangedFile
+from data.ranged_file import RangedFile
 
 BLOCK = tarfile.BLOCKSIZE
 _LARGEST_EXTENSION_HEADER = 1 << 20

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from shard_files import picture
 
 from data.media_size import exif_orientation, image_size, media_member, video_size
-from data.store import RangedFile
+from data.ranged_file import RangedFile
 
 
 def ranged(content: bytes, read: list[int] | None = None) -> RangedFile:

@@ -18,9 +18,10 @@ from shard_files import sample, serve, write_shard
 
 from data.index import ensure_indexed
 from data.manifest_reader import ManifestReader
+from data.ranged_file import RangedFile
 from data.scores import write_scores
 from data.selection import select
-from data.store import RangedFile, Store, StoreError, redact, remove_leftovers
+from data.store import Store, StoreError, redact, remove_leftovers
 
 CONTENT = bytes(range(256)) * 64
 

@@ -8,7 +8,8 @@ import pytest
 import webdataset
 from shard_files import BLOCK, members_of, picture, sample, write_shard, write_tar
 
-from data.store import RangedFile, Store
+from data.ranged_file import RangedFile
+from data.store import Store
 from data.tar_index import TarDamageError, read_samples, split_name, walk
 
 
