@@ -151,7 +151,7 @@ def follow_launcher() -> None:
 
 def run_directory(config: DictConfig) -> Path:
     """Where a job of this config writes; raises ConfigError when its name leads elsewhere."""
-    from trainer.run_directory import check_name
+    from data.run_directory import check_name
 
     name = str(config.get("name", "job"))
     check_name(name)

@@ -12,7 +12,9 @@ from conf.errors import ConfigError
 from conf.schema import build
 from data.buckets import Buckets
 from data.plan import lanes_of, split_batch
+from data.run_directory import check_name
 from data.tars import TarData
+from data.tracking import WandbConfig
 from models.first_stage import FirstStage
 from models.guidance import Guidance
 from models.process import Process
@@ -29,9 +31,7 @@ from trainer.networks import check_networks
 from trainer.objectives.base import DrawsPictures, Objective, Validates
 from trainer.passes import Passes
 from trainer.phases import build_by_phase
-from trainer.run_directory import check_name
 from trainer.schedule import Schedule
-from trainer.tracking import WandbConfig
 
 
 @dataclass

@@ -36,6 +36,7 @@ from data.encoded import (
     write_nulls,
 )
 from data.manifest import Manifest
+from data.run_directory import check_name
 from data.store import redact, remove_leftovers
 from data.tars import Source, TarData
 from data.tasks import Task, Tasks, run_tasks
@@ -45,7 +46,6 @@ from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.encodings import encoder_settings, encoding_of, latent_settings, rows_of, with_moments
 from trainer.engines.networks import prepare_frozen
 from trainer.networks import build_conditioner
-from trainer.run_directory import check_name
 
 # Ranks meet only at the end, some long after the others.
 _LONGEST_WAIT_S = 30 * 24 * 3600.0

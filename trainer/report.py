@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.page import axes, document, figure_of, png_of
-from trainer.run_directory import RunDirectory, read_jsonl
+from data.run_directory import RunDirectory, read_jsonl
 
 _SHOWN = ["step", "samples", "loss", "val/loss", "grad_norm", "samples_per_s", "data_wait", "mfu", "peak_memory_bytes"]
 

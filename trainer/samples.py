@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.run_directory import RunDirectory
 from data.tars import TarSplit
 from trainer.callbacks import averaged
 from trainer.distributed import is_main
 from trainer.ema import Ema
 from trainer.engines.base import Engine
 from trainer.objectives.base import DrawsPictures
-from trainer.run_directory import RunDirectory
 from trainer.sampling import Picture, grid, save_png, share_work
 from trainer.tracking import Tracker
 

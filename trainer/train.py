@@ -12,7 +12,9 @@ from conf.schema import build
 from conf.secrets import without_secrets
 from data.inspect import bucket_table, contact_sheet
 from data.plan import Plan, lanes_of, split_batch
+from data.run_directory import RunDirectory
 from data.tars import TarSplit
+from data.tracking import WandbConfig
 from trainer.callbacks import Every, Log, UpdateEma
 from trainer.config import Config as Config
 from trainer.config import preflight as preflight
@@ -28,12 +30,11 @@ from trainer.passes import Passes
 from trainer.phases import build_by_phase
 from trainer.rehearsal import rehearse
 from trainer.report import write_report
-from trainer.run_directory import RunDirectory
 from trainer.samples import SampleGrid, pictures_for
 from trainer.serving import Serving
 from trainer.signals import StopSignal
 from trainer.state import RunState
-from trainer.tracking import Tracker, WandbConfig
+from trainer.tracking import Tracker
 from trainer.validation import Validation, validation_batches
 
 log = logging.getLogger(__name__)

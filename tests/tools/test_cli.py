@@ -179,11 +179,11 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_read_or_written(ar
 
 
 def test_a_folder_that_cannot_be_made_is_told_by_its_key(monkeypatch, tmp_path):
+    from data.run_directory import RunDirectory
     from data.store import StoreError
     from data.tars import Source, TarData
     from tools.demo.scenes import write_tars
     from tools.launch import launch
-    from trainer.run_directory import RunDirectory
 
     with pytest.raises(ValueError, match="runs=/proc/nope"):
         RunDirectory("/proc/nope", "x")

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data.run_directory import read_jsonl
 from tests.trainer.jobs import SMALL
 from tools.demo.scenes import write_tars
-from trainer.run_directory import read_jsonl
 
 STEPS = 100
 

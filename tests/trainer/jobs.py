@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from conf.compose import compose
 from conf.schema import check
+from data.run_directory import read_jsonl
 from tests.trainer.ranks import ranks
 from trainer.distributed import World
-from trainer.run_directory import read_jsonl
 from trainer.train import Config, train
 
 # No text, two blocks, a few steps.

@@ -4,11 +4,11 @@ import time
 
 import torch
 
+from data.run_directory import RunDirectory, read_jsonl
 from trainer.callbacks import Every, Log, due
 from trainer.engines.base import StepResult
 from trainer.meter import Meter
 from trainer.objectives.base import Losses, Phase
-from trainer.run_directory import RunDirectory, read_jsonl
 from trainer.tracking import Tracker
 
 PHASE = Phase("denoise", ("denoiser",))

@@ -19,12 +19,12 @@ from conf.compose import compose
 from conf.errors import ConfigError
 from conf.schema import build, check
 from data.encoded import read_stored
+from data.run_directory import read_jsonl
 from tests.data.shard_files import write_tar
 from tests.trainer.jobs import SMALL, train_on
 from tests.trainer.ranks import ranks
 from trainer.distributed import World
 from trainer.encode import Config, encode, preflight
-from trainer.run_directory import read_jsonl
 from trainer.train import Config as TrainConfig
 from trainer.train import train
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data.run_directory import read_jsonl
 from tests.data.shard_files import members_of
 from tests.trainer.jobs import SMALL
 from tools.demo.scenes import write_tars
-from trainer.run_directory import read_jsonl
 
 
 def sentence(folder: Path, *overrides: str) -> str:

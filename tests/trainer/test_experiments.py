@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from conf.compose import ROOT
+from data.run_directory import read_jsonl
 from tools import cli
 from tools.demo.scenes import write_tars
-from trainer.run_directory import read_jsonl
 
 EXPERIMENTS = sorted(
     path.relative_to(ROOT / "experiment").with_suffix("").as_posix() for path in (ROOT / "experiment").rglob("*.yaml")

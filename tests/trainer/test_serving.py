@@ -8,11 +8,11 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.buckets import Bucket
 from data.records import KeysLine, QuarantineLine, Records
+from data.run_directory import read_jsonl
 from tests.trainer.ranks import ranks
 from trainer.meter import Meter
 from trainer.objectives.base import Phase
 from trainer.rehearsal import blank
-from trainer.run_directory import read_jsonl
 from trainer.serving import Serving
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from data.run_directory import read_jsonl
 from tests.trainer.jobs import train_on
 from tools.demo.scenes import write_tars
-from trainer.run_directory import read_jsonl
 
 
 def test_sources_are_served_by_weight_on_any_ranks(tmp_path: Path):

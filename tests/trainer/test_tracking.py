@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from trainer.run_directory import RunDirectory, read_jsonl
+from data.run_directory import RunDirectory, read_jsonl
 from trainer.tracking import Tracker
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,8 +32,9 @@ PRELUDE = """
 import logging, sys
 from pathlib import Path
 from PIL import Image
-from trainer.run_directory import RunDirectory
-from trainer.tracking import Tracker, WandbConfig
+from data.run_directory import RunDirectory
+from data.tracking import WandbConfig
+from trainer.tracking import Tracker
 logging.basicConfig(level=logging.INFO)
 directory = RunDirectory(sys.argv[1], "run")
 def tracker(start, mode="auto"):
@@ -106,7 +107,7 @@ def test_wandb_keeps_every_row_of_a_run_that_went_back_and_was_resumed_and_asks_
 @pytest.mark.timeout(120)
 def test_online_without_a_login_is_refused_and_not_asked_for(tmp_path):
     output = python("tracker(0, 'online')", tmp_path, status=1)
-    assert "ValueError: W&B's mode is online, and this machine is not logged in" in output
+    assert "ConfigError: W&B's mode is online, and this machine is not logged in" in output
 
 
 @pytest.mark.timeout(120)

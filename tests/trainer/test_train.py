@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from data.run_directory import read_jsonl
 from tools.demo.scenes import write_tars
 from trainer.checkpoint import load_weights
-from trainer.run_directory import read_jsonl
 
 STEPS = 20
 COMMON = [

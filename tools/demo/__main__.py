@@ -140,8 +140,8 @@ def assess(pictures: Sequence[np.ndarray], asked: Sequence[Scene], seed: int) ->
 def report(folder: Path, pictures: Sequence[np.ndarray], asked: Sequence[Scene], verdict: Verdict) -> None:
     """Write the verdict to `composition.json` and the run's page, and print where everything is."""
     from data.page import figure_of
+    from data.run_directory import RunDirectory, read_jsonl
     from trainer.report import loss_curve, table, write_report
-    from trainer.run_directory import RunDirectory, read_jsonl
 
     directory = RunDirectory(str(folder.parent), folder.name)
     rows = [
