@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, mistakes
 from data.clips import ensure_clips
 from data.curation.base import Failure, Filter, GlobalFilter, Kind, Media
 from data.curation.everywhere import score_everywhere
@@ -91,14 +91,15 @@ def run(config: Config) -> None:
     """Score the shards, then print what was done and what went wrong.
 
     Raises:
-        ConfigError: no shards, filters that do not go together, too many errors.
+        ConfigError: no shards, filters that do not go together, a wrong clause.
+        ValueError: a filter failed on too many samples.
         StoreError: a store fails.
     """
     from conf.schema import build
 
     patterns = [config.shards] if isinstance(config.shards, str) else list(config.shards)
     started = time.perf_counter()
-    try:
+    with mistakes():
         tasks = Tasks(config.cluster.tasks, config.cluster.task)
         settings = Settings(config.side, config.batch, config.max_errors)
         chosen = getattr(config, "filter", None) or {}  # filter=[] leaves no trace of the group
@@ -109,12 +110,11 @@ def run(config: Config) -> None:
         manifests = ensure_indexed(store.expand(patterns), store, config.manifest_folder)
         if config.manifest == "clips":
             manifests = ensure_clips(manifests, store)
-        scored = curate(manifests, filters, store, settings, tasks)
-        page = None
-        if config.report and tasks.task is None:
+    scored = curate(manifests, filters, store, settings, tasks)
+    page = None
+    if config.report and tasks.task is None:
+        with mistakes():
             page = write_report(Path(config.report), manifests, store, config.funnel.where)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     print(summary(manifests, scored, time.perf_counter() - started))
     if page is not None:
         print(f"report: {page}")
@@ -140,7 +140,8 @@ def curate(
         By filter, what there is for each shard: None only where that is another task's.
 
     Raises:
-        ValueError: filters that do not go together, or one that failed on too many samples of a shard.
+        ConfigError: filters that do not go together, or lack a column that one of them needs.
+        ValueError: a filter failed on too many samples of a shard.
         StoreError: the store fails.
         ChildProcessError: a task's process was killed.
     """
@@ -172,7 +173,7 @@ def _check(filters: Sequence[Filter | GlobalFilter]) -> None:
     columns = Counter(column for f in filters for column in f.columns.names)
     for what, counts in (("filters have the name", names), ("filters write the column", columns)):
         if twice := [name for name, count in counts.items() if count > 1]:
-            raise ValueError(f"two {what} {twice[0]!r}")
+            raise ConfigError(f"two {what} {twice[0]!r}")
 
 
 def _due(manifests: Sequence[Manifest], filters: Sequence[Filter], store: Store, settings: Settings) -> list[list[str]]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from conf.errors import ConfigError
+from conf.errors import mistakes
 from data.describe import describe, verify_shard
 from data.hashing import text64
 from data.manifest import Checksum, Manifest, manifest_url, read_manifest, write
@@ -65,14 +65,12 @@ def run(config: Config) -> list[Manifest]:
     patterns = [config.shards] if isinstance(config.shards, str) else list(config.shards)
     processes = config.processes or min(len(os.sched_getaffinity(0)), 16)
     started = time.perf_counter()
-    try:
+    with mistakes():
         shards = store.expand(patterns)
         if config.verify:
             damaged = verify(shards, store, config.manifest_folder)
         else:
             manifests = ensure_indexed(shards, store, config.manifest_folder, config.checksum, processes)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     if config.verify:
         print("\n".join(damaged) or f"{len(shards)} shards: every member's checksum is right")
         if damaged:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from conf.errors import ConfigError
+from conf.errors import mistakes
 from data.clips import CLIPS_SUFFIX
 from data.manifest import STRUCTURE, Checksum, open_parquet
 from data.manifest_reader import ManifestReader
@@ -87,23 +87,22 @@ def run(config: Config) -> None:
     """Pack the selection, then print what was written and what was left out.
 
     Raises:
-        ConfigError: nothing selected, a column that is nowhere, another pack in the folder, too many errors ...
+        ConfigError: nothing selected, a column that is nowhere, another pack in the folder ...
+        ValueError: too many samples of a shard cannot be packed.
         StoreError: a store fails.
         ChildProcessError: a task was killed.
     """
     from conf.schema import build
 
     started = time.perf_counter()
-    try:
+    with mistakes():
         if not 0 <= config.max_errors <= 1:
             raise ValueError(f"max_errors={config.max_errors} must be from 0 to 1")
         tasks = Tasks(**config.cluster)  # type: ignore[arg-type]
         data: TarData = build(config.data)
         pictures = Pictures(config.short_side, config.format, config.quality, config.verify, data.max_pixels)
         job = prepare(config, data, pictures)
-        reports = job.run(tasks)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    reports = job.run(tasks)
     print(summary(reports, job, time.perf_counter() - started))
 
 

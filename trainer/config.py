@@ -8,7 +8,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, mistakes
 from conf.schema import build
 from data.buckets import Buckets
 from data.plan import lanes_of, split_batch
@@ -115,7 +115,7 @@ def preflight(config: Any, ranks: int) -> None:
     check_name(config.name)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device here: take device=auto or device=cpu.")
-    try:
+    with mistakes():
         for part in ("process", "sampler", "guidance", "data", "checkpoint"):
             build(config[part])
         objective = build(config.objective)
@@ -128,10 +128,6 @@ def preflight(config: Any, ranks: int) -> None:
         if config.data.encoded is not None and not objective.reads_encodings:
             raise ConfigError(f"{type(objective).__name__} reads no encodings: leave out data.encoded.")
         lengths = build(config.ema).lengths
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     _check_callbacks(config, objective, lengths)
 
 

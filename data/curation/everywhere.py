@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import xxhash
 
+from conf.errors import ConfigError
 from data.curation.base import GlobalFilter
 from data.manifest import Manifest, open_parquet
 from data.scores import Recipe, as_json, open_scores, read_scored, score_names, write_scores
@@ -47,7 +48,8 @@ def score_everywhere(one: GlobalFilter, manifests: Sequence[Manifest], store: St
     """Bring the score files of a global filter up to date, in all shards.
 
     Raises:
-        ValueError: a column that it needs is nowhere, or missing in some shards.
+        ConfigError: a column that it needs is nowhere.
+        ValueError: likewise, in some shards.
         StoreError: the store fails.
     """
     filters = _providers(one, manifests, store)
@@ -77,7 +79,7 @@ def _providers(one: GlobalFilter, manifests: Sequence[Manifest], store: Store) -
                 c: name for c in file.schema_arrow.names if c in one.needs and c not in own and name != one.name
             }
     if missing := sorted(set(one.needs) - own - filters.keys()):
-        raise ValueError(
+        raise ConfigError(
             f"the filter {one.name!r} needs the column {missing[0]!r}, which neither {redact(manifests[0].url)} nor a "
             "score file beside it has: run the filter that writes it, before this one or together with it"
         )
