@@ -292,14 +292,19 @@ class TarSplit:
         )
 
     def reader(
-        self, seed: int, crop: Literal["random", "center"] | None = None, flip: bool | None = None
+        self,
+        seed: int,
+        crop: Literal["random", "center"] | None = None,
+        flip: bool | None = None,
+        encoded: bool = True,
     ) -> SliceReader:
         """Reads planned slices of this split, whose draws have that seed. `crop` and `flip` are the config's unless
-        given."""
+        given; without `encoded` the pictures and captions themselves are read."""
         data = self.data
+        encodings = {name: self._encoded(name) if encoded else None for name in self.selections}
         return SliceReader(
             [
-                ReaderSource(name, selection, source.captions, _color(source.background), self._encoded(name))
+                ReaderSource(name, selection, source.captions, _color(source.background), encodings[name])
                 for name, selection in self.selections.items()
                 for source in [data.sources[name]]
             ],

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from pydantic import PositiveInt
 
-from models.text import T5Encoder, TextConditioner, without_bars
+from models.conditioner import Conditioner
+from models.hub import without_bars
+from models.text import T5Encoder
 
 # Sentinels <extra_id_0>, ... that mark cut-out spans: the most spans of one caption.
 _SENTINELS = 16
@@ -25,7 +27,7 @@ _PAD, _EOS, _UNK = 0, 1, 2
 _IGNORE = -100  # torch's label for positions without loss
 
 
-class CaptionConditioner(TextConditioner):
+class CaptionConditioner(Conditioner):
     """A conditioner with one T5 of its own, trained from captions where `folder` does not hold it yet.
 
     Args:

@@ -15,11 +15,11 @@ from data.plan import lanes_of, split_batch
 from data.run_directory import check_name
 from data.tars import TarData
 from data.tracking import WandbConfig
+from models.conditioner import Conditioner
 from models.first_stage import FirstStage
 from models.guidance import Guidance
 from models.process import Process
 from models.samplers import Sampler
-from models.text import TextConditioner
 from trainer.checkpoint import CheckpointPolicy
 from trainer.distributed import Cluster
 from trainer.ema import Ema
@@ -68,7 +68,7 @@ class Config:
 
     model: nn.Module
     first_stage: FirstStage
-    conditioner: TextConditioner
+    conditioner: Conditioner
     networks: dict[str, nn.Module]
     process: Process
     objective: Objective

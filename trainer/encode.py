@@ -40,7 +40,7 @@ from data.run_directory import check_name
 from data.store import redact, remove_leftovers
 from data.tars import Source, TarData
 from data.tasks import Task, Tasks, run_tasks
-from models.text import TextConditioner
+from models.conditioner import Conditioner
 from trainer.config import Config as TrainConfig
 from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.encodings import encoder_settings, encoding_of, latent_settings, rows_of, with_moments
@@ -252,8 +252,8 @@ def _encode_texts(
     conditioner: nn.Module, captions: Sequence[str], dtype: torch.dtype, trim: bool = True
 ) -> list[dict[str, Tensor]]:
     """What each text encoder gives for each caption; without the zeros at a sequence's end if `trim`."""
-    assert isinstance(conditioner, TextConditioner)
-    encoders: dict[int, Any] = dict(enumerate(conditioner.text_encoders))
+    assert isinstance(conditioner, Conditioner)
+    encoders: dict[int, Any] = dict(enumerate(conditioner.encoder_modules))
     found: list[dict[str, Tensor]] = [{} for _ in captions]
     for number in conditioner.stored:
         sequences, pooled = (output.to(dtype).cpu() for output in encoders[number](captions))

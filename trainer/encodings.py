@@ -22,8 +22,8 @@ from data.encoded import (
 )
 from data.selection import Selection
 from data.tars import Source, TarData
+from models.conditioner import Conditioner
 from models.first_stage import KLFirstStage
-from models.text import TextConditioner
 from trainer.distributed import World
 
 
@@ -53,7 +53,7 @@ def use_encodings(config: Any, data: TarData, networks: dict[str, nn.Module], wo
     conditioner = networks.get("conditioner")
     if data.encoding is None or data.encoding.text is None or config.samples.every is not None:
         return {}
-    assert isinstance(conditioner, TextConditioner) and data.encoded is not None
+    assert isinstance(conditioner, Conditioner) and data.encoded is not None
     first = data.manifests(next(iter(data.sources)))[0]
     return {"conditioner": conditioner.without_weights(read_nulls(first.url, data.encoded, data.store))}
 
@@ -128,8 +128,8 @@ def with_moments(first_stage: nn.Module) -> KLFirstStage:
 
 def encoder_settings(conditioner: nn.Module) -> list[TextEncoderSettings]:
     """The text encoders of which there is something to keep."""
-    assert isinstance(conditioner, TextConditioner)
-    encoders: dict[int, Any] = dict(enumerate(conditioner.text_encoders))
+    assert isinstance(conditioner, Conditioner)
+    encoders: dict[int, Any] = dict(enumerate(conditioner.encoder_modules))
     return [
         TextEncoderSettings(
             number=i,

@@ -10,13 +10,14 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from conf.schema import build
+from models.conditioner import AbsentEncoder, Conditioner, Encoder
 from models.densities import Uniform
 from models.first_stage import KLFirstStage
 from models.parameterizations import Velocity
 from models.pretrained import load
 from models.process import Process
 from models.schedules import RectifiedFlow
-from models.text import AbsentEncoder, ClipEncoder, T5Encoder, TextConditioner, TextEncoder
+from models.text import ClipEncoder, T5Encoder
 from models.weighting import Unweighted
 from trainer.checkpoint import CheckpointError, CheckpointPolicy, load_weights, read_record
 from trainer.checkpoint.format import is_committed
@@ -117,7 +118,7 @@ def _load_pipeline(path: Path) -> Loaded:
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         raise ValueError(f"{path} is a {index.get('_class_name')}; StableDiffusion3Pipeline can be sampled from")
     denoiser, autoencoder = load(path / "transformer"), load(path / "vae")
-    encoders: list[TextEncoder] = []
+    encoders: list[Encoder] = []
     for number in ("", "_2"):
         tokenizer = json.loads((path / f"tokenizer{number}" / "tokenizer_config.json").read_text())
         length = tokenizer.get("model_max_length", 77)
@@ -137,7 +138,7 @@ def _load_pipeline(path: Path) -> Loaded:
         # These pipelines sample with the encoding of "" as the unconditional one.
         networks={
             "denoiser": denoiser,
-            "conditioner": TextConditioner(encoders, context_dim=width, dropped="empty"),
+            "conditioner": Conditioner(encoders, context_dim=width, dropped="empty"),
             "first_stage": first_stage,
         },
         process=process,

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import PositiveInt
+from torch import Tensor
 
 from conf.errors import ConfigError
 from conf.schema import build
+from data.decode import DecodeError, decode_image
+from data.transforms import CENTER, Framing, frame
 from models.guidance import Guidance
 from models.samplers import Sampler
 from trainer.distributed import Cluster, joined
@@ -26,6 +30,7 @@ class Config:
     source: str
     prompts: list[str]
     prompts_file: str | None
+    images: list[str]
     each: PositiveInt
     seed: int
     height: PositiveInt | None
@@ -41,14 +46,17 @@ class Config:
 
 def run(config: Any) -> None:
     """Draw every prompt; write `<out>/<number>.png` and `<out>/grid.png`, each with its prompts and seeds inside."""
-    prompts = list(config.prompts)
-    if config.prompts_file:
-        prompts += [line.strip() for line in Path(config.prompts_file).read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError("there is nothing to draw: give prompts=['a red circle'] or prompts_file=<a prompt a line>.")
+    given = _given(config)
     loaded = load_model(config.source, config.average)
     height, width = config.height or loaded.size[0], config.width or loaded.size[1]
-    pictures = [Picture(p, config.seed + i, height, width) for p in prompts for i in range(config.each)]
+    if config.images and not getattr(loaded.networks["conditioner"], "reads_images", False):
+        raise ConfigError(f"images: no encoder of {loaded.source} reads pictures; leave them out.")
+    seen = {path: _read_image(path, (height, width)) for _, path in given if path is not None}
+    pictures = [
+        Picture(prompt, config.seed + i, height, width, seen[path] if path is not None else None)
+        for prompt, path in given
+        for i in range(config.each)
+    ]
     sampler = build(config.sampler)
     with joined(config.device) as world:
         for name, network in loaded.networks.items():
@@ -61,8 +69,45 @@ def run(config: Any) -> None:
         out = Path(config.out)
         shared = {"source": loaded.source, "sampler": type(sampler).__name__, "steps": sampler.steps}
         shared["guidance"] = config.guidance.scale
+        paths = [path for _, path in given for _ in range(config.each) if path is not None]
         for number, (picture, image) in enumerate(zip(pictures, images, strict=True)):
-            save_png(image, out / f"{number:05d}.png", {"prompt": picture.prompt, "seed": picture.seed, **shared})
+            told = {"prompt": picture.prompt, "seed": picture.seed, **({"image": paths[number]} if paths else {})}
+            save_png(image, out / f"{number:05d}.png", told | shared)
         metadata = {"prompts": [p.prompt for p in pictures], "seeds": [p.seed for p in pictures], **shared}
+        metadata |= {"images": paths} if paths else {}
         save_png(grid(images), out / "grid.png", metadata)
         print(f"{len(images)} pictures and grid.png in {out}")
+
+
+def _given(config: Any) -> list[tuple[str, str | None]]:
+    """Prompts, each with the path of the image that goes with it.
+
+    Raises:
+        ConfigError: there are none, or as many of one as cannot go with the other.
+    """
+    prompts, images = list(config.prompts), list(config.images)
+    if config.prompts_file:
+        prompts += [line.strip() for line in Path(config.prompts_file).read_text().splitlines() if line.strip()]
+    if not prompts and not images:
+        raise ConfigError("there is nothing to draw: give prompts=['a red circle'] or prompts_file=<a prompt a line>.")
+    if not images:
+        return [(prompt, None) for prompt in prompts]
+    if len(prompts) > 1 and len(images) > 1 and len(prompts) != len(images):
+        raise ConfigError(f"there are {len(prompts)} prompts and {len(images)} images: give as many, or one of either.")
+    prompts, number = prompts or [""], max(len(prompts), len(images))
+    return [(prompts[i % len(prompts)], images[i % len(images)]) for i in range(number)]
+
+
+def _read_image(path: str, size: tuple[int, int]) -> Tensor:
+    """A picture's middle, (3, *size) uint8, cut out as in training.
+
+    Raises:
+        ConfigError: there is no picture at the path.
+    """
+    try:
+        decoded = decode_image(Path(path).read_bytes(), cover=size)
+    except (OSError, DecodeError) as error:
+        raise ConfigError(f"images: {path}: {error}.") from error
+    image = torch.empty((3, *size), dtype=torch.uint8)
+    frame(decoded.pixels, size, Framing(CENTER, CENTER, flip=False), image)
+    return image

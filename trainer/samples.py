@@ -50,10 +50,12 @@ class SampleGrid:
 
 
 def pictures_for(prompts: Sequence[str], count: int, split: TarSplit) -> list[Picture]:
-    """What a run's grids show: each prompt at the split's commonest size, or else the captions and sizes of samples."""
+    """What a run's grids show: each prompt at the split's commonest size; or else samples' captions in their sizes, and
+    with their own pictures, for encoders that read some."""
     if prompts:
         shape = next(iter(split.shares()))
         return [Picture(prompt, seed, shape.height, shape.width) for seed, prompt in enumerate(prompts)]
     plan = split.plan(lanes=count, slice_size=1, seed=0)
-    batches = split.loader(plan, range(count), workers=0).step(0)
-    return [Picture(batch.captions[0], seed, *batch.target_size) for seed, batch in enumerate(batches)]
+    reader = split.reader(plan.seed, crop="center", flip=False, encoded=False)
+    batches = [reader[plan.slice(0, lane)].batch for lane in range(count)]
+    return [Picture(b.captions[0], seed, *b.target_size, image=b.images[0]) for seed, b in enumerate(batches)]

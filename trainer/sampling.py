@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,12 +27,14 @@ class Picture:
         prompt: its caption.
         seed: of its noise; the same prompt, seed and size give the same picture in any company.
         height, width: in pixels.
+        image: (3, H, W) uint8, what encoders of pictures see; their null embeddings stand for none.
     """
 
     prompt: str
     seed: int
     height: int
     width: int
+    image: Tensor | None = field(default=None, compare=False)
 
 
 def draw(
@@ -90,14 +92,18 @@ def draw_pass(
 
     Args:
         networks: "denoiser", "conditioner" and "first_stage".
+        pictures: all with an image, of one size, or all without.
     """
     first_stage, conditioner = networks["first_stage"], networks["conditioner"]
     shape = first_stage.latent_shape(pictures[0].height, pictures[0].width)  # type: ignore[operator]
     prompts = [p.prompt for p in pictures]
     encoders: int = conditioner.encoders  # type: ignore[assignment]
     keep = torch.ones(len(prompts), encoders, dtype=torch.bool)
-    conditions = conditioner(prompts, keep)
-    null_conditions = conditioner(prompts, ~keep) if guidance.scale != 1 else None
+    given = [p.image for p in pictures if p.image is not None]
+    assert len(given) in (0, len(pictures)), "some pictures have an image, and some have none"
+    images = torch.stack(given).to(device) if given else None
+    conditions = conditioner(prompts, keep, images=images)
+    null_conditions = conditioner(prompts, ~keep, images=images) if guidance.scale != 1 else None
     denoise = denoiser(networks["denoiser"], process, conditions, null_conditions, guidance)
 
     def noise(purpose: str, step: int) -> Tensor:

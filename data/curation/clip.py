@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from data.curation.base import Failure, Filter, Media
 from data.curation.heads import Head
 from data.curation.pretrained import Device, Dtype, fingerprint, load_model, load_part, model_folder
+from models.image import embed, embedding_width
 
 
 class Embedder:
@@ -39,11 +40,7 @@ class Embedder:
         """(n, d) float32 embeddings, of length one, of n pictures (H, W, 3), uint8 RGB, each of any size."""
         prepared = self._processor(list(images), return_tensors="pt", input_data_format="channels_last")
         pixels = prepared.pixel_values.to(self.model.device, self.model.dtype)
-        if hasattr(self.model, "get_image_features"):
-            features = self.model.get_image_features(pixel_values=pixels).pooler_output
-        else:
-            features = self.model(pixel_values=pixels).pooler_output
-        return _unit(features.flatten(1))
+        return _unit(embed(self.model, pixels))
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> np.ndarray:
@@ -84,19 +81,6 @@ def _unit(features: torch.Tensor) -> np.ndarray:
     return F.normalize(features.float(), dim=-1).cpu().numpy()
 
 
-def embedding_width(folder: Path) -> int:
-    """Numbers in an embedding of a model, as its configuration tells."""
-    from transformers import AutoConfig
-
-    config = load_part(AutoConfig.from_pretrained, folder)
-    if (projected := getattr(config, "projection_dim", None)) is not None:
-        return projected
-    own = getattr(config, "vision_config", config)
-    if not isinstance(getattr(own, "hidden_size", None), int):
-        raise ValueError(f"{folder}: a {config.model_type!r} model has no embedding of pictures")
-    return own.hidden_size
-
-
 class Clip(Filter):
     """`<name>_embedding`: a picture's embedding of length one, in half precision; `<name>_similarity`: its cosine with
     the embedding of the caption, null without one; and a column for each head over the embedding. One forward pass
@@ -133,9 +117,11 @@ class Clip(Filter):
         dtype: Dtype = "float32",
         device: Device = "auto",
     ) -> None:
+        from transformers import AutoConfig
+
         self.name, self.embedding, self.similarity, self.heads = name, embedding, similarity, heads or {}
         self.folder, self.dtype, self.device = model_folder(model), dtype, device
-        width = embedding_width(self.folder)
+        width = embedding_width(load_part(AutoConfig.from_pretrained, self.folder), model)
         fields: dict[str, pa.DataType] = {}
         if embedding:
             fields[f"{name}_embedding"] = pa.list_(pa.float16(), width)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 
-from models.text import without_bars
+from models.hub import without_bars
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]

@@ -9,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from conf.compose import compose
+from conf.schema import build
 from data.draws import Draws
 from models.guidance import Guidance
 from models.samplers import Euler
+from tests.data.curation.tiny_models import save_clip
 from tests.models.test_text import CAPTIONS, JOINT, LENGTH, sd3  # noqa: F401 (a fixture)
 from tests.trainer.jobs import train_on
 from tools import cli
@@ -19,6 +22,7 @@ from tools.demo.scenes import write_tars
 from trainer import loading
 from trainer.checkpoint import CheckpointError
 from trainer.loading import load_model
+from trainer.samples import pictures_for
 from trainer.sampling import SAMPLING_STEP, Picture, draw, grid
 
 
@@ -136,6 +140,57 @@ def test_a_random_first_stage_is_the_runs_own_whatever_the_pictures_seed(tmp_pat
     # The same picture as the first of another seed: only noise depends on it.
     assert cli.execute(["sample", *arguments[:-2], "seed=1"]) == 0
     assert np.abs(np.asarray(Image.open(out / "00000.png"), dtype=int) - other).max() <= 1
+
+
+def test_an_image_encoder_sees_held_out_pictures_in_grids_and_given_ones_in_the_job(tmp_path: Path, capsys):
+    write_tars(tmp_path / "scenes", 40, seed=0)
+    clip = save_clip(tmp_path / "clip")
+    conditioner = ["conditioner=clip_image", f"conditioner.encoders.0.model={clip}"]
+    widths = ["model.joint_attention_dim=10", "model.pooled_projection_dim=10"]
+    shown = ["samples.every=6", "samples.count=2", "sampler.steps=3", "guidance.scale=2"]
+    data = [f"data.sources.scenes.shards={tmp_path}/scenes", "buckets=square", "buckets.size=32", "data.flip=true"]
+    settings = [
+        "data.holdout=0.2",
+        "steps=6",
+        "schedule=constant",
+        "schedule.lr=0.02",
+        "schedule.warmup=0",
+        "objective.caption_dropout=0.2",
+        f"data.cache_folder={tmp_path}/cache",
+    ]
+    overrides = [*conditioner, *widths, *shown, *data, *settings]
+    train_on(1, tmp_path, "name=seen", *overrides)
+    sheet = np.asarray(Image.open(tmp_path / "runs/seen/samples/step_00000006.png"), dtype=int)[::4, ::4]
+
+    config = compose("train", overrides)
+    held_out = build(config.data).open(build(config.buckets), "validation")
+    picture = pictures_for([], 2, held_out)[1]
+    assert picture.image is not None and picture.image.float().std() > 10
+    Image.fromarray(picture.image.permute(1, 2, 0).numpy()).save(tmp_path / "seen.png")
+    job = [f"source={tmp_path}/runs/seen", "sampler.steps=3", "guidance.scale=2", "seed=1", f"out={tmp_path}/out"]
+    assert cli.execute(["sample", *job, f"images=[{tmp_path}/seen.png]"]) == 0
+    drawn = Image.open(tmp_path / "out/00000.png")
+    assert drawn.info["image"] == f"{tmp_path}/seen.png"
+    given = np.asarray(drawn, dtype=int)
+    assert np.abs(given - sheet[2:34, 36:68]).max() <= 1
+    # prompts alone come with the null embedding, under which guidance changes nothing
+    assert cli.execute(["sample", *job, "prompts=[a red circle]"]) == 0
+    alone = np.asarray(Image.open(tmp_path / "out/00000.png"), dtype=int)
+    assert cli.execute(["sample", *job[:2], "guidance.scale=1", *job[3:], "prompts=[something else]"]) == 0
+    unguided = np.asarray(Image.open(tmp_path / "out/00000.png"), dtype=int)
+    assert np.abs(alone - unguided).max() <= 1 and np.abs(alone - given).max() > 1
+
+    for more, named in [
+        (["prompts=[a,b]", f"images=[{clip},{clip},{clip}]"], "2 prompts and 3 images"),
+        ([f"images=[{tmp_path}/nothing.png]"], "nothing.png"),
+    ]:
+        assert cli.execute(["sample", *job, *more]) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_images_for_a_model_that_sees_none_are_refused(folder: Path, tmp_path: Path, capsys):
+    assert cli.execute(["sample", f"source={folder}", f"out={tmp_path}", f"images=[{tmp_path}/any.png]"]) == 2
+    assert "no encoder of" in capsys.readouterr().err
 
 
 def test_sources_that_are_no_model_are_named(tmp_path: Path, capsys):

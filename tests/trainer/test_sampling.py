@@ -33,7 +33,7 @@ class Words(nn.Module):
 
     encoders = 1
 
-    def forward(self, prompts: Sequence[str], keep: Tensor) -> dict[str, Tensor]:
+    def forward(self, prompts: Sequence[str], keep: Tensor, images: Tensor | None) -> dict[str, Tensor]:
         seeds = [zlib.crc32(prompt.encode()) for prompt in prompts]
         rows = torch.stack([torch.randn(3, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         rows = rows * keep[:, :, None]

@@ -96,10 +96,10 @@ class DrawsPictures(Protocol):
 
 @runtime_checkable
 class DropsCaptions(Protocol):
-    """An objective with settings for each text encoder."""
+    """An objective with settings for each of the conditioner's encoders."""
 
     def check_encoders(self, encoders: int) -> None:
-        """Refuse a number of text encoders, before there are any.
+        """Refuse a number of encoders, before there are any.
 
         Raises:
             ValueError: a setting is for another number of them.

@@ -16,15 +16,16 @@ from trainer.sampling import Picture, draw_pass
 
 
 class Diffusion(Objective):
-    """One phase: a denoiser trained on noised (latent) images and their captions.
+    """One phase: a denoiser trained on noised (latent) images under what a conditioner makes of captions and pictures.
 
     Networks: "denoiser" (trained), "conditioner" and "first_stage" (frozen).
 
     Args:
         process: noising path, parameterization, density of times and weight.
         sampler, guidance: how the run's sample grids are drawn.
-        caption_dropout: probability with which each text encoder's output is dropped from a sample, independently; one
-            number for all encoders or one for each (SD3 drops each of three in 46.4 % of samples, arXiv 2403.03206).
+        caption_dropout: probability with which each of the conditioner's encoders is dropped from a sample, of all
+            independently; one number for all or one for each (SD3 drops each of three in 46.4 % of samples, arXiv
+            2403.03206).
         validation_times: number of times t at which held-out samples are noised, the midpoints of as many equal parts
             of [0, 1] (SD3, section 5.3: eight).
     """
@@ -90,12 +91,12 @@ class Diffusion(Objective):
         return 3.0 * networks["denoiser"].flops(height, width, length)  # type: ignore[operator]
 
     def conditions(self, conditioner: nn.Module, batch: Batch, dropout: bool = True) -> Mapping[str, Tensor]:
-        """The captions' encodings, each encoder's dropped at random unless `dropout` is False."""
+        """What is made of captions and pictures, each encoder dropped at random unless `dropout` is False."""
         encoders: int = conditioner.encoders  # type: ignore[assignment]
         keep = torch.ones(len(batch), encoders, dtype=torch.bool)
         if dropout:
             keep = batch.draws.uniform("caption dropout", (encoders,)) >= torch.tensor(self._rates(encoders))
-        return conditioner(batch.captions, keep, encoded=encoded_texts(batch.fields))
+        return conditioner(batch.captions, keep, encoded=encoded_texts(batch.fields), images=batch.images)
 
     def check_encoders(self, encoders: int) -> None:
         """Refuse dropout rates for another number of encoders."""
@@ -105,7 +106,7 @@ class Diffusion(Objective):
         if isinstance(self.caption_dropout, list):
             if len(self.caption_dropout) != encoders:
                 raise ValueError(
-                    f"objective.caption_dropout has {len(self.caption_dropout)} numbers for {encoders} text encoders"
+                    f"objective.caption_dropout has {len(self.caption_dropout)} numbers for {encoders} encoders"
                 )
             return self.caption_dropout
         return [float(self.caption_dropout)] * encoders
