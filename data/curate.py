@@ -18,11 +18,11 @@ import pyarrow as pa
 
 from conf.errors import ConfigError, mistakes
 from data.clips import ensure_clips
-from data.curation.base import Failure, Filter, GlobalFilter, Kind, Media
+from data.curation.base import Failure, Filter, GlobalFilter, Kind
 from data.curation.everywhere import score_everywhere
 from data.curation.media import read_media
+from data.curation.passes import score_batch
 from data.curation.report import write_report
-from data.curation.video import Stills, VideoFilter, combine, score_together
 from data.index import ensure_indexed
 from data.manifest import Manifest
 from data.scores import Recipe, Scored, ScoreError, as_json, read_scored, write_scores
@@ -164,7 +164,7 @@ def curate(
 
 def recipe(one: Filter, settings: Settings) -> Recipe:
     """What makes a filter's scores what they are."""
-    seen = {"side": settings.side, "frames": "first, middle, last"} if one.media == "image" else {}
+    seen = {"side": settings.side, "frames": ", ".join(one.frames)} if one.media == "image" else {}
     return Recipe(one.version, as_json({**one.settings(), **seen}))
 
 
@@ -210,7 +210,7 @@ def _score_shard(manifest: Manifest, filters: Sequence[Filter], store: Store, se
     errors: dict[str, list[ScoreError]] = {f.name: [] for f in filters}
     row = failed = 0
     for samples in read_media(manifest, store, needs, kinds, settings.side, settings.batch):
-        for one, outcomes in zip(filters, _score(filters, samples, settings.side), strict=True):
+        for one, outcomes in zip(filters, score_batch(filters, samples), strict=True):
             for i, outcome in enumerate(outcomes):
                 if isinstance(outcome, Failure):
                     errors[one.name].append(ScoreError(row + i, samples[i].key, outcome.reason, outcome.detail))
@@ -226,64 +226,6 @@ def _score_shard(manifest: Manifest, filters: Sequence[Filter], store: Store, se
             raise ValueError(_too_many(one, manifest, wrong, settings.max_errors))
         table = pa.table(columns[one.name], one.columns)
         write_scores(manifest, one.name, table, store, recipe(one, settings), wrong)
-
-
-Outcome = Mapping[str, Any] | Failure | None
-
-
-def _score(filters: Sequence[Filter], samples: Sequence[Media], side: int) -> list[list[Outcome]]:
-    """What each filter makes of each sample; None for those with other media than it looks at."""
-    watching = [one for one in filters if isinstance(one, VideoFilter)]
-    pictured = any(one.media == "image" for one in filters)
-    watched: dict[int, list[Mapping[str, Any] | Failure]] = {}
-    frames: dict[int, list[Media] | Failure] = {}
-    for i, sample in enumerate(samples):
-        if sample.kind == "video" and (watching or pictured):
-            stills = Stills(side)
-            watched[i] = score_together(watching, sample, [stills] if pictured else [])
-            frames[i] = stills.media(sample)
-    outcomes: list[list[Outcome]] = []
-    for one in filters:
-        if isinstance(one, VideoFilter):
-            k = watching.index(one)
-            outcomes.append([watched[i][k] if i in watched else _no_media(sample) for i, sample in enumerate(samples)])
-        else:
-            outcomes.append(_score_at_once(one, samples, frames))
-    return outcomes
-
-
-def _no_media(sample: Media) -> Failure | None:
-    return sample.failure() if sample.kind is None else None
-
-
-def _score_at_once(one: Filter, samples: Sequence[Media], frames: Mapping[int, list[Media] | Failure]) -> list[Outcome]:
-    """What a filter makes of each sample, all handed to it in one go; of clips it may be shown `frames` instead."""
-    outcomes: list[Outcome] = [None] * len(samples)
-    shown: list[Media] = []
-    parts: dict[int, slice] = {}
-    for i, sample in enumerate(samples):
-        seen = _seen(one, sample, frames.get(i))
-        if seen is None or isinstance(seen, Failure):
-            outcomes[i] = seen
-        else:
-            parts[i] = slice(len(shown), len(shown) + len(seen))
-            shown += seen
-    scored = one.score(shown) if shown else []
-    assert len(scored) == len(shown), f"the filter {one.name!r} scored {len(scored)} of {len(shown)} samples"
-    for i, part in parts.items():
-        outcomes[i] = combine(scored[part], one.columns.names)
-    return outcomes
-
-
-def _seen(one: Filter, sample: Media, frames: list[Media] | Failure | None) -> list[Media] | Failure | None:
-    """What a filter is shown of a sample; None for media that it does not look at."""
-    if one.media == "none" or (one.media == "any" and sample.kind is not None):
-        return [sample]
-    if one.media == "image" and sample.kind == "video":
-        return frames
-    if one.media == "video" and sample.kind == "image":
-        return None
-    return sample.failure() or [sample]
 
 
 def _too_many(one: Filter, manifest: Manifest, errors: Sequence[ScoreError], limit: float) -> str:

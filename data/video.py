@@ -6,7 +6,7 @@ Only the first video stream counts: sound is neither read nor kept.
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -72,15 +72,26 @@ def open_video(data: bytes) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """
     import av
 
+    with (
+        _errors(len(data)),
+        av.open(io.BytesIO(data), mode="r", metadata_errors="replace") as container,
+    ):
+        if not container.streams.video:
+            raise VideoError("no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        yield container, stream
+
+
+@contextmanager
+def _errors(size: int) -> Iterator[None]:
+    """FFmpeg's errors about a clip of so many bytes, as VideoError."""
+    import av
+
     try:
-        with av.open(io.BytesIO(data), mode="r", metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise VideoError("no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"
-            yield container, stream
+        yield
     except av.error.FFmpegError as error:
-        raise VideoError(f"cannot decode clip of {len(data)} bytes: {error}") from error
+        raise VideoError(f"cannot decode clip of {size} bytes: {error}") from error
 
 
 def read_timeline(data: bytes) -> Timeline:
@@ -130,36 +141,65 @@ def _timeline(packets: list["av.Packet"], stream: "VideoStream") -> Timeline:
 
 
 class Clip:
-    """A clip that is open, all its packets in memory.
+    """A clip that is open, all its packets in memory, for one reader at a time.
 
     Attributes:
         timeline: of its frames.
     """
 
-    def __init__(self, packets: list["av.Packet"], stream: "VideoStream") -> None:
+    def __init__(self, packets: list["av.Packet"], stream: "VideoStream", size: int) -> None:
         self.timeline = _timeline([packet for packet in packets if not packet.is_discard], stream)
-        self._packets, self._stream = packets, stream
+        self._packets, self._stream, self._size = packets, stream, size
+        self._decoded: Iterator[tuple[int, av.VideoFrame]] = iter(())
+        self._coming: tuple[int, av.VideoFrame] | None = None  # decoded, but beyond what was asked for so far
+        self._passed: int | None = None  # time of the frame before; None: there is nothing to go on with
 
     def frames(self, start: int, end: int) -> Iterator["av.VideoFrame"]:
-        """Frames [start, end), in order; decoding begins at the key frame before them.
+        """Frames [start, end), in order. Decoding begins at the key frame before them, or goes on where the last call
+        left it if that is nearer: parts in the order in which they are shown are decoded as one.
 
         Raises:
             VideoError: no such frames, or damage.
         """
         first, after = _bounds(self.timeline, start, end)
+        self._go_to(start, first)
+        while True:
+            self._coming = self._coming or next(self._decoded, None)
+            if self._coming is None or self._coming[0] >= after:
+                return
+            (self._passed, frame), self._coming = self._coming, None
+            if self._passed >= first:
+                yield frame
+
+    def close(self) -> None:
+        """Let go of decoded frames."""
+        self._decoded, self._coming = iter(()), None
+
+    def _go_to(self, start: int, first: int) -> None:
+        """Be where frame `start`, which is shown at `first`, is still to come."""
         keys = np.flatnonzero(self.timeline.key[: start + 1])
         begin = int(self.timeline.pts[keys[-1]]) if len(keys) else None
+        if self._passed is not None and self._passed < first:
+            following = self.timeline.pts[np.searchsorted(self.timeline.pts, self._passed, side="right")]
+            if begin is None or begin <= following:
+                return
         # Not by seeking, which in some containers misses the key frame.
         skipped = next((i for i, packet in enumerate(self._packets) if _time(packet) == begin), 0)
-        self._stream.codec_context.flush_buffers()
-        for packet in [*self._packets[skipped:], None]:
-            for frame in self._stream.decode(packet):
-                if frame.pts is None:
-                    raise VideoError("frames without a time")
-                if frame.pts >= after:
-                    return
-                if frame.pts >= first:
-                    yield frame
+        self._decoded, self._coming = self._decode(skipped), None
+
+    def _decode(self, skipped: int) -> Iterator[tuple[int, "av.VideoFrame"]]:
+        """Frames and their times, from a packet on."""
+        try:
+            self._stream.codec_context.flush_buffers()
+            for packet in [*self._packets[skipped:], None]:
+                with _errors(self._size):
+                    frames = self._stream.decode(packet)
+                for frame in frames:
+                    if frame.pts is None:
+                        raise VideoError("frames without a time")
+                    yield frame.pts, frame
+        finally:
+            self._passed = None
 
 
 @contextmanager
@@ -169,8 +209,8 @@ def open_clip(data: bytes) -> Iterator[Clip]:
     Raises:
         VideoError: not a clip; also for whatever FFmpeg raises inside the `with`.
     """
-    with open_video(data) as (container, stream):
-        yield Clip(_packets(container, stream), stream)
+    with open_video(data) as (container, stream), closing(Clip(_packets(container, stream), stream, len(data))) as clip:
+        yield clip
 
 
 def _bounds(timeline: Timeline, start: int, end: int) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from data.decode import DecodeError, decode_image
 
 Kind = Literal["image", "video"]
 KINDS: tuple[Kind, ...] = ("image", "video")
+Place = Literal["first", "middle", "last"]
+PLACES: tuple[Place, ...] = ("first", "middle", "last")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Media:
             return Failure("undecodable picture", str(self._decoded))
         return None
 
+    def release(self) -> None:
+        """Let go of the decoded picture."""
+        self.__dict__.pop("_decoded", None)
+
     @cached_property
     def _decoded(self) -> np.ndarray | DecodeError:
         if self._picture is not None:
@@ -115,13 +121,18 @@ class Filter(_Columns):
     that waits for the first `score`, in the process that calls it.
 
     Attributes:
-        media: what it looks at: samples with other media get None. "image": pictures, and of clips the first, middle
-            and last frame, from whose scores come the clip's (see `curation.video.combine`). "video": clips. "any":
-            pictures and clips, as encoded. "none": only the manifest's columns.
+        media: what it looks at: samples with other media get None. "image": pictures, and of clips some frames, from
+            whose scores come the clip's (see `curation.video.combine`). "video": clips. "any": pictures and clips, as
+            encoded. "none": only the manifest's columns.
+        frames: those frames; by default, as in SVD (arXiv 2311.15127, appendix C), three.
+        batched: whether `score` is to get many samples at once, as models want it; else one after the other, with the
+            pixels still in the processor's cache.
         needs: manifest columns that it reads from `Media.row`.
     """
 
     media: ClassVar[Literal["none", "image", "video", "any"]]
+    frames: ClassVar[tuple[Place, ...]] = PLACES
+    batched: ClassVar[bool] = False
     needs: Sequence[str] = ()
 
     @property

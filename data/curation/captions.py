@@ -96,6 +96,8 @@ class Captioner(Filter):
     """
 
     media: ClassVar = "image"
+    batched: ClassVar = True
+    frames: ClassVar = ("middle",)
 
     def __init__(
         self,

@@ -105,6 +105,7 @@ class Clip(Filter):
     """
 
     media: ClassVar = "image"
+    batched: ClassVar = True
     needs = ("caption",)
 
     def __init__(

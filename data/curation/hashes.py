@@ -56,6 +56,7 @@ class PerceptualHash(Filter):
 
     name = "perceptual_hash"
     media: ClassVar = "image"
+    frames: ClassVar = ("middle",)
     columns = pa.schema({"phash": pa.uint64(), "phash_windows": pa.list_(pa.uint64())})
 
     def __init__(self, crops: list[float] = [0.05, 0.1], contrast: float = 2.0) -> None:  # noqa: B006

@@ -43,6 +43,8 @@ def read_media(
             columns=[*dict.fromkeys(["key", "extensions", "offsets", "sizes", *span, *own])], use_threads=False
         )
 
+    held: dict[tuple[int, int], bytes] = {}  # of the batch before, the last one read: the next may be of the same video
+
     def load(part: slice) -> list[Media]:
         rows = table.slice(part.start, part.stop - part.start).to_pylist()
         chosen = [media_member(row["extensions"]) for row in rows]
@@ -51,7 +53,11 @@ def read_media(
             for i, member in enumerate(chosen)
             if member is not None and member[1] in kinds
         }
-        data = dict(zip(places, read_ranges(manifest.shard, store, list(places.values())), strict=True))
+        missing = [place for place in dict.fromkeys(places.values()) if place not in held]
+        held.update(zip(missing, read_ranges(manifest.shard, store, missing), strict=True))
+        data = {i: held[place] for i, place in places.items()}
+        for place in list(held)[:-1]:
+            del held[place]
         return [
             Media(
                 row["key"],
@@ -76,17 +82,21 @@ def read_media(
 
 
 def _batches(table: pa.Table, batch: int) -> list[slice]:
-    """Where batches begin and end."""
+    """Where batches begin and end. Clips of one video follow each other and share its bytes."""
     parts, start, total = [], 0, 0
-    for row, (extensions, sizes) in enumerate(
-        zip(table["extensions"].to_pylist(), table["sizes"].to_pylist(), strict=True)
+    before: tuple[int, int] | None = None
+    for row, (extensions, offsets, sizes) in enumerate(
+        zip(*(table[name].to_pylist() for name in ("extensions", "offsets", "sizes")), strict=True)
     ):
         member = media_member(extensions)
-        size = sizes[member[0]] if member is not None else 0
-        if row > start and (row - start == batch or total + size > LARGEST_BATCH):
+        place = (offsets[member[0]], sizes[member[0]]) if member is not None else None
+        size = place[1] if place is not None else 0
+        added = size if place != before else 0
+        if row > start and (row - start == batch or (added and total + added > LARGEST_BATCH)):
             parts.append(slice(start, row))
-            start, total = row, 0
-        total += size
+            start, total, added = row, 0, size
+        total += added
+        before = place
     return [*parts, slice(start, table.num_rows)] if table.num_rows else []
 
 

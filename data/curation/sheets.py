@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from data.curation.base import Media
 from data.curation.media import read_ranges
-from data.curation.video import Frame
+from data.curation.video import still
 from data.decode import DecodeError
 from data.manifest import Manifest
 from data.manifest_reader import ManifestReader
@@ -87,11 +87,7 @@ def picture_of(sample: Media) -> np.ndarray:
     if sample.kind == "image":
         return sample.image
     with open_clip(sample.data) as clip:
-        start, end = sample.span or (0, len(clip.timeline))
-        middle = (start + end) // 2
-        for frame in clip.frames(middle, middle + 1):
-            return Frame(frame, 0, 1, 0.0).image
-    raise VideoError("no frame could be decoded")
+        return still(clip, sample.span or (0, len(clip.timeline)), "middle")
 
 
 def _fit(pixels: np.ndarray) -> Image.Image:

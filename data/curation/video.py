@@ -1,16 +1,18 @@
 """Clips for filters: each is decoded once, frame by frame, for all that watch it.
 
 Frames are handed on as they are decoded and then forgotten, so that an hour of film takes no more memory than a second.
+Where only some frames are wanted, decoding begins at the key frames before them.
 """
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from data.curation.base import Failure, Filter, Media
+from data.curation.base import Failure, Filter, Media, Place
 from data.curation.sharpness import shrink
 from data.video import Clip, Timeline, VideoError, open_clip
 
@@ -45,8 +47,7 @@ class Frame:
     @property
     def image(self) -> np.ndarray:
         """(H, W, 3) uint8 RGB, upright, at full size; a copy."""
-        pixels = self._frame.to_ndarray(format="rgb24")
-        return np.ascontiguousarray(np.rot90(pixels, self._frame.rotation // 90 % 4))
+        return _upright(self._frame)
 
     def _plane(self, plane: int, side: int) -> np.ndarray:
         if (plane, side) not in self._small:
@@ -79,7 +80,8 @@ class VideoFilter(Filter):
         """What is to see the frames of a clip, whose times are given (all of the file, if the clip is a part of it)."""
 
     def score(self, samples: Sequence[Media]) -> Sequence[Mapping[str, Any] | Failure]:
-        return [score_together([self], sample)[0] for sample in samples]
+        with OpenClips() as clips:
+            return [watch_together([self], sample, clips)[0][0] for sample in samples]
 
 
 class Scorer(Watcher, Protocol):
@@ -89,21 +91,74 @@ class Scorer(Watcher, Protocol):
         """As an entry of `Filter.score`; asked once, after the last frame."""
 
 
-def score_together(
-    filters: Sequence[VideoFilter], sample: Media, others: Sequence[Watcher] = ()
-) -> list[Mapping[str, Any] | Failure]:
-    """What each filter makes of a clip, which is decoded once. `others` see its frames too."""
+class OpenClips:
+    """Clips to be decoded. The last one stays open, as parts of one video follow each other."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._data: bytes | None = None
+        self._clip: Clip | None = None
+
+    def open(self, data: bytes) -> Clip:
+        """The clip of these bytes.
+
+        Raises:
+            VideoError: it is none.
+        """
+        if self._clip is None or self._data is not data:
+            self.close()
+            self._clip, self._data = self._open.enter_context(open_clip(data)), data
+        return self._clip
+
+    def close(self) -> None:
+        """Let go of the clip."""
+        self._data = self._clip = None
+        self._open.close()
+
+    def __enter__(self) -> "OpenClips":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def watch_together(
+    filters: Sequence[VideoFilter], sample: Media, clips: OpenClips, places: Sequence[Place] = ()
+) -> tuple[list[Mapping[str, Any] | Failure], dict[Place, Media] | Failure]:
+    """What each filter makes of a clip, and its frames at some places, as pictures whose shorter side is at most
+    `Media.side`. The clip is decoded once: whole for filters, else where the frames are. They are the same in any
+    company: only of a clip that cannot be decoded whole are they sought even if it was watched.
+    """
+    scores: list[Mapping[str, Any] | Failure] = []
+    images: dict[Place, np.ndarray] = {}
     try:
-        with open_clip(sample.data) as clip:
-            scorers = [one.watch(clip.timeline) for one in filters]
-            _show(clip, sample.span or (0, len(clip.timeline)), [*scorers, *others])
+        clip = clips.open(sample.data)
+        span = sample.span or (0, len(clip.timeline))
     except VideoError as error:
-        return [Failure("undecodable clip", str(error))] * len(filters)
-    return [scorer.scores() for scorer in scorers]
+        failure = Failure("undecodable clip", str(error))
+        return [failure] * len(filters), failure
+    if filters:
+        stills = _Stills(places, sample.side)
+        try:
+            scorers = [one.watch(clip.timeline) for one in filters]
+            count = _show(clip, span, [*scorers, stills])
+            scores = [scorer.scores() for scorer in scorers]
+            images = stills.images if count == span[1] - span[0] else {}
+        except VideoError as error:
+            scores = [Failure("undecodable clip", str(error))] * len(filters)
+    try:
+        if not images:
+            images = {place: shrink(still(clip, span, place), sample.side) for place in places}
+    except VideoError as error:
+        return scores, Failure("undecodable clip", str(error))
+    return scores, {
+        place: Media(sample.key, sample.row, "image", b"", sample.side, picture=image)
+        for place, image in images.items()
+    }
 
 
-def _show(clip: Clip, span: tuple[int, int], watchers: Sequence[Watcher]) -> None:
-    """Decode frames of a clip once for all watchers.
+def _show(clip: Clip, span: tuple[int, int], watchers: Sequence[Watcher]) -> int:
+    """Decode frames of a clip once for all watchers. Returns how many there were.
 
     Raises:
         VideoError: that cannot be done to its end.
@@ -119,42 +174,48 @@ def _show(clip: Clip, span: tuple[int, int], watchers: Sequence[Watcher]) -> Non
         index += 1
     if index == 0:
         raise VideoError("no frame could be decoded")
+    return index
 
 
-class Stills:
-    """Keeps the first, the middle and the last frame of a clip, for filters that look at pictures (SVD, arXiv
-    2311.15127, appendix C, judges text, aesthetics and captions by these three).
+def still(clip: Clip, span: tuple[int, int], place: Place) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, upright: what is shown of a clip's frames [start, end) at a place. Of a clip of few frames,
+    several places may show the same.
 
-    Args:
-        side: frames are shrunk to a shorter side of so many pixels.
+    Raises:
+        VideoError: it cannot be decoded.
     """
+    start, end = span
+    at = start + _index(place, end - start)
+    for frame in clip.frames(at, at + 1):
+        return _upright(frame)
+    shown = None  # the frame is missing, and the one before stays
+    for frame in clip.frames(start, at + 1):
+        shown = frame
+    if shown is None:
+        raise VideoError("no frame could be decoded")
+    return _upright(shown)
 
-    def __init__(self, side: int) -> None:
-        self._side = side
-        self._images: list[np.ndarray] = []
-        self._middle = 0
-        self._last: Frame | None = None
+
+def _index(place: Place, count: int) -> int:
+    return {"first": 0, "middle": count // 2, "last": count - 1}[place]
+
+
+def _upright(frame: "av.VideoFrame") -> np.ndarray:
+    """(H, W, 3) uint8 RGB; a copy."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4))
+
+
+class _Stills:
+    """Keeps the frames at some places of a clip that is watched."""
+
+    def __init__(self, places: Sequence[Place], side: int) -> None:
+        self._places, self._side = places, side
+        self.images: dict[Place, np.ndarray] = {}
 
     def see(self, frame: Frame) -> None:
-        if frame.index == 0:
-            self._middle = frame.count // 2
-            self._images = [self._image(frame)]
-        if frame.index == self._middle:
-            self._images.append(self._image(frame))
-        self._last = frame  # holds on to the decoded frame: it is made a picture of only if no other follows
-
-    def media(self, sample: Media) -> list[Media] | Failure:
-        """The three pictures, or why the clip has none; those of a very short clip may be the same."""
-        if self._last is None:
-            return Failure("undecodable clip", "no frames")
-        images = [*self._images, self._image(self._last)]
-        return [
-            Media(sample.key, sample.row, "image", b"", self._side, picture=image)
-            for image in (images[0], images[-2], images[-1])
-        ]
-
-    def _image(self, frame: Frame) -> np.ndarray:
-        return shrink(frame.image, self._side)
+        for place in self._places:
+            if frame.index == _index(place, frame.count):
+                self.images[place] = shrink(frame.image, self._side)
 
 
 def combine(frames: Sequence[Mapping[str, Any] | Failure], names: Sequence[str]) -> Mapping[str, Any] | Failure:

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "curation"))
 from drawn_clips import decode, encode, moving, texture
 
-from data.video import VideoError, cut, open_clip, read_timeline
+from data.video import Clip, VideoError, cut, open_clip, read_timeline
 
 KINDS: dict[str, dict] = {
     "with B-frames": {"g": 12, "bf": 3},
@@ -41,6 +41,45 @@ def test_any_part_decodes_to_the_frames_of_the_whole(kind):
             for _ in range(2):  # a clip may be decoded more than once
                 part = [frame.to_ndarray(format="rgb24") for frame in opened.frames(start, end)]
                 assert equal(part, whole[start:end]), (start, end)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_an_open_clip_are_the_same_in_any_order(kind):
+    data = clip(kind)
+    whole = decode(data)
+    parts = [(0, 5), (5, 11), (11, 12), (30, 31), (31, 40), (39, 40), (3, 9), (2, 4), (14, 26), (26, 27), (13, 14)]
+    with open_clip(data) as opened:
+        for start, end in parts:
+            part = [frame.to_ndarray(format="rgb24") for frame in opened.frames(start, end)]
+            assert equal(part, whole[start:end]), (start, end)
+        next(opened.frames(20, 30))  # a reader that breaks off
+        assert equal([frame.to_ndarray(format="rgb24") for frame in opened.frames(22, 24)], whole[22:24])
+
+
+def test_decoding_goes_on_where_it_was_unless_a_key_frame_is_nearer(monkeypatch):
+    begun = []
+    begin = Clip._decode
+    monkeypatch.setattr(Clip, "_decode", lambda clip, skipped: begun.append(skipped) or begin(clip, skipped))
+    with open_clip(encode(moving(texture(1), 40, 1.0), g=12, bf=0, sc_threshold=0)) as opened:
+        for start, end, at in ((0, 5, 0), (5, 7, None), (9, 12, None), (12, 14, None), (20, 21, None), (30, 31, 24)):
+            assert len(list(opened.frames(start, end))) == end - start
+            assert begun == ([at] if at is not None else [])
+            begun.clear()
+        list(opened.frames(30, 31))
+        assert begun == [24]
+
+
+def test_damage_is_told_to_all_who_ask_for_damaged_frames_and_to_no_others():
+    data = clip("Matroska")
+    whole = decode(data)
+    with open_clip(data) as opened:
+        (key,) = [data.find(bytes(packet)) for packet in opened._packets if packet.pts == opened.timeline.pts[12]]
+    with open_clip(data[:key] + bytes(2000) + data[key + 2000 :]) as opened:
+        for start, end in ((0, 20), (14, 16), (12, 13)):
+            with pytest.raises(VideoError, match="cannot decode"):
+                list(opened.frames(start, end))
+        for start, end in ((0, 5), (24, 30)):
+            assert equal([frame.to_ndarray(format="rgb24") for frame in opened.frames(start, end)], whole[start:end])
 
 
 @pytest.mark.parametrize("kind", KINDS)
