@@ -56,6 +56,12 @@ def check_name(name: str) -> None:
         raise ConfigError(f"name={name!r} is no folder within `runs`: give the run a name such as name=first")
 
 
+def saved_step(path: Path) -> int:
+    """The steps that the newest committed checkpoint of the run at `path` holds; 0 without one."""
+    committed = path.glob("checkpoints/step_*/committed.json")
+    return max((int(file.parent.name.removeprefix("step_")) for file in committed), default=0)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a .jsonl file; a last line cut short by a crash is left out."""
     return [row for _, row in _rows(path)]

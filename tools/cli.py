@@ -102,6 +102,11 @@ def _run(job: str, overrides: list[str]) -> None:
 
     follow_launcher()
     module = import_module(JOBS[job][0])
+    if config.get("cluster", {}).get("kind") == "slurm":
+        from tools.submission import check_job, submit_job
+
+        print(submit_job(check_job(job, overrides)))
+        return
     check(config, module.Config)
     if hasattr(module, "preflight"):
         module.preflight(config, ranks_of(config))

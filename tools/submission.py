@@ -1,0 +1,248 @@
+"""`cluster=slurm`: checks a job as if its ranks were here, keeps what it will run, and hands it to SLURM.
+
+submitted = submit_job(check_job("train", overrides))       # one job, or an array of tasks and what follows it
+submitted = submit_runs([check_job(...), ...], folder, parallel=2)      # several runs, as one array
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from conf.compose import compose
+from conf.errors import ConfigError
+from conf.schema import check
+from conf.secrets import without_secrets
+from slurm.chain import Chain
+from slurm.queue import entries, max_array_size
+from slurm.resources import Resources
+from slurm.submit import submit
+from slurm.work import Progress, Work
+from tools.cli import JOBS
+from tools.snapshot import keep_code, keep_command
+from trainer.run_directory import check_name, saved_step
+
+CHAIN = "slurm.jsonl"
+"""In the folder of what was submitted: its history, or that of an array and of what comes after it."""
+_OF_CLUSTER = re.compile(r"[+~]*cluster\b")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job that may be submitted.
+
+    Args:
+        job: its name.
+        overrides: without those of `cluster`.
+        config: as its ranks or tasks compose it.
+        resources: of the job, or of each of its tasks.
+        in_tasks: whether it is split into tasks, each on one node, rather than into ranks.
+        node_counts: that its ranks can run on, ascending.
+        folder: that it belongs to, `runs/<name>`.
+    """
+
+    job: str
+    overrides: list[str]
+    config: DictConfig
+    resources: Resources
+    in_tasks: bool
+    node_counts: list[int]
+    folder: Path
+
+    @property
+    def chain(self) -> Chain:
+        """The history of the folder's job."""
+        return Chain(self.folder / CHAIN)
+
+    def work(self, commands: Sequence[Sequence[str]], logs: Path, chain: Chain) -> Work:
+        """Commands of this job, given by their overrides of `cluster`."""
+        whole = [["-m", "tools.cli", self.job, *self.overrides, *words] for words in commands]
+        return Work(self.folder.name, whole, logs, chain, self.resources, self.node_counts, self._progress())
+
+    def _progress(self) -> Callable[[], Progress] | None:
+        if self.job != "train" or self.config.dry_run:
+            return None
+        return partial(train_progress, self.folder, self.config.steps)
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What SLURM was given.
+
+    Args:
+        job: its id; of an array, that of all elements.
+        last: the id of the job with which all is done: another than `job` after an array of tasks.
+        folder: under `runs`.
+    """
+
+    job: str
+    last: str
+    folder: Path
+
+    def __str__(self) -> str:
+        name = self.folder.name
+        then = f", then {self.last}" if self.last != self.job else ""
+        return f"{name}: job {self.job}{then}. See millrace jobs, millrace logs {name}, millrace cancel {name}"
+
+
+@dataclass
+class _Schema:
+    cluster: Resources
+
+
+def check_job(job: str, overrides: Sequence[str]) -> Checked:
+    """`millrace <job> <overrides>`, with `cluster=slurm` among the overrides, checked as far as can be told beforehand.
+
+    Raises:
+        ConfigError: a mistake in the command; its parts cannot run together on so many ranks; a secret would get onto
+            the disk; or a job works on the same folder already.
+        SlurmError: SLURM does not answer.
+    """
+    module = import_module(JOBS[job][0])
+    cluster = compose(job, list(overrides)).cluster
+    check(DictConfig({"cluster": cluster}), _Schema)
+    try:
+        resources = Resources(**OmegaConf.to_container(cluster))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _refuse_secrets(overrides)
+    own = [override for override in overrides if not _OF_CLUSTER.match(override)]
+    in_tasks = _in_tasks(module)
+    config = compose(job, [*own, "cluster=tasks", f"cluster.tasks={resources.tasks}"] if in_tasks else own)
+    check(config, module.Config)
+    counts = [1] if in_tasks else _node_counts(module, config, resources)
+    name = str(config.get("name") or resources.name or job)
+    check_name(name)
+    folder = Path(config.get("runs", resources.runs)).absolute() / name
+    checked = Checked(job, own, config, resources, in_tasks, counts, folder)
+    _refuse_twice(checked)
+    return checked
+
+
+def submit_job(checked: Checked) -> Submitted:
+    """Submit a job of ranks; or one of tasks as an array, and after it what needs all tasks to be done.
+
+    Raises:
+        SlurmError: SLURM refuses it.
+    """
+    kept = _keep(checked)
+    code = keep_code(kept)
+    if not checked.in_tasks:
+        job = submit([_ranks(checked, kept)], kept / "submitit", code)
+        checked.chain.add("submitted", job, kind=checked.job, kept=kept.name)
+        return Submitted(job, job, checked.folder)
+    elements = _elements(checked, kept)
+    job = submit(elements, kept / "submitit", code, checked.resources.max_parallel)
+    checked.chain.add("submitted", job, kind=checked.job, kept=kept.name, elements=len(elements))
+    if len(elements) == 1:
+        return Submitted(job, job, checked.folder)
+    # The same command without a task: what is done by now is passed over, what needs all of it is made.
+    rest = checked.work([["cluster=tasks", "cluster.tasks=1"]], kept / "logs" / "rest", Chain(kept / "rest.jsonl"))
+    last = submit([rest], kept / "submitit", code, dependency=f"afterok:{job}")
+    checked.chain.add("submitted", last, kind=checked.job, kept=kept.name, after=job)
+    return Submitted(job, last, checked.folder)
+
+
+def submit_runs(
+    runs: Sequence[Checked], folder: Path, parallel: int | None = None, dependency: str | None = None
+) -> Submitted:
+    """Submit several jobs of ranks, which share their resources, as one array.
+
+    Args:
+        runs: each with a folder of its own, whose `slurm.jsonl` tells its history.
+        folder: new; for what they share: the code, and the batch scripts with their output.
+        parallel: how many may run at a time; None: as many as fit.
+        dependency: in sbatch's words, `afterok:17`.
+
+    Raises:
+        SlurmError: SLURM refuses it.
+    """
+    assert not any(run.in_tasks for run in runs)
+    assert all(run.resources == runs[0].resources for run in runs)
+    code = keep_code(folder)
+    kept = [_keep(run) for run in runs]
+    works = [_ranks(run, place) for run, place in zip(runs, kept, strict=True)]
+    job = submit(works, folder / "submitit", code, parallel, dependency)
+    for i, (run, place) in enumerate(zip(runs, kept, strict=True)):
+        run.chain.add("submitted", f"{job}_{i}" if len(runs) > 1 else job, kind=run.job, kept=place.name)
+    return Submitted(job, job, folder)
+
+
+def train_progress(folder: Path, steps: int) -> Progress:
+    """How far a run has come: to the newest step that is saved."""
+    return Progress(saved_step(folder), steps)
+
+
+def _ranks(checked: Checked, kept: Path) -> Work:
+    return checked.work([["cluster=local"]], kept / "logs", checked.chain)
+
+
+def _elements(checked: Checked, kept: Path) -> list[Work]:
+    """The array's elements: each has one task, or several where SLURM allows no array that long."""
+    tasks = checked.resources.tasks
+    count = min(tasks, max_array_size())
+    return [
+        checked.work(
+            [["cluster=tasks", f"cluster.tasks={tasks}", f"cluster.task={task}"] for task in range(i, tasks, count)],
+            kept / "logs" / f"element_{i}",
+            Chain(kept / f"element_{i}.jsonl"),
+        )
+        for i in range(count)
+    ]
+
+
+def _keep(checked: Checked) -> Path:
+    kept = checked.folder / "slurm" / time.strftime("%Y%m%d-%H%M%S")
+    keep_command(kept, checked.job, checked.overrides, checked.config)
+    return kept
+
+
+def _in_tasks(module: ModuleType) -> bool:
+    from data.tasks import Tasks
+
+    return get_type_hints(module.Config)["cluster"] is Tasks
+
+
+def _node_counts(module: ModuleType, config: DictConfig, resources: Resources) -> list[int]:
+    """The numbers of nodes that the job can run on, of those that it may get."""
+    # Whether the nodes have CUDA is not for this machine to say.
+    anywhere: Any = OmegaConf.merge(config, {"device": "auto"}) if "device" in config else config
+    counts = []
+    for nodes in range(resources.fewest_nodes, resources.nodes + 1):
+        try:
+            if hasattr(module, "preflight"):
+                module.preflight(anywhere, nodes * resources.ranks)
+            counts.append(nodes)
+        except ConfigError:
+            if nodes == resources.nodes:
+                raise
+    return counts
+
+
+def _refuse_twice(checked: Checked) -> None:
+    """Two jobs in one folder would write over each other."""
+    jobs = [row["job"] for row in checked.chain.rows() if row["event"] == "submitted"]
+    name = checked.folder.name
+    for job, entry in entries(jobs).items():
+        if not entry.ended:
+            raise ConfigError(f"job {job} ({entry.state.lower()}) works on {checked.folder}: millrace cancel {name}")
+
+
+def _refuse_secrets(overrides: Sequence[str]) -> None:
+    """The command gets into files, which are no place for secrets."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        path = key.split(".")
+        shown: Any = {"storage_options": {"any": {path[-1]: value}}} if "storage_options" in path else value
+        if "${oc.env:" not in value and without_secrets(shown, path[-1]) != shown:
+            raise ConfigError(
+                f"{key} holds a secret, which a submitted command would carry onto the disk: put it into an environment"
+                f" variable, and give {key}='${{oc.env:NAME}}'."
+            )
