@@ -77,10 +77,8 @@ def verdict(reports: Mapping[str, Report | None], min_bandwidth: float | None) -
             bad.setdefault(node, f"its clock is {skew:+.0f} s off the others'")
         slow = {other: speed for other, speed in report.links.items() if speed <= (min_bandwidth or 0.0)}
         if slow and len(slow) == len(report.links) and not slow.keys() & bad.keys():
-            words = [
-                f"{speed:.2g} GB/s to {other}" if speed else f"no link to {other}" for other, speed in slow.items()
-            ]
-            bad.setdefault(node, ", ".join(words))
+            found = {other: f"{speed:.2g} GB/s" if speed else "no link" for other, speed in slow.items()}
+            bad.setdefault(node, ", ".join(f"{what} to {other}" for other, what in found.items()))
     return bad
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 # A node in one of these is no use to a job.
 _BROKEN = re.compile(r"down|drain|fail|error|inval|unk", re.IGNORECASE)
+_GOING_ON = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "RESIZING", "REQUEUED", "COMPLETING")
 _TIMEOUT_S = 60.0
 
 
@@ -37,15 +38,7 @@ class Entry:
     @property
     def ended(self) -> bool:
         """Whether it will not go on by itself."""
-        return self.state not in (
-            "PENDING",
-            "RUNNING",
-            "CONFIGURING",
-            "COMPLETING",
-            "SUSPENDED",
-            "REQUEUED",
-            "RESIZING",
-        )
+        return self.state not in _GOING_ON
 
 
 def command(*words: str) -> str:

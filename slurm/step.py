@@ -14,8 +14,8 @@ from slurm.resources import Resources
 # srun's words for a task that failed: "srun: error: node2: task 1: Exited with exit code 1", "...: tasks 0-3: Killed".
 _FATE = re.compile(r"error: (?P<node>\S+): tasks? (?P<task>\d+)[^:]*: (?P<what>.*)")
 _STATUS = re.compile(r"Exited with exit code (\d+)")
-# Torch's launcher ends its ranks 30 s after a signal, which is not enough for a large checkpoint: it is kept from seeing
-# any, and the ranks, which SLURM signals as well, set their own handlers.
+# Torch's launcher ends its ranks 30 s after a signal, which is not enough for a large checkpoint: it is kept from
+# seeing any, and the ranks, which SLURM signals as well, set their own handlers.
 _DEAF = ("sh", "-c", 'trap "" USR1 TERM; exec "$@"', "sh")
 
 

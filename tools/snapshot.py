@@ -1,4 +1,4 @@
-"""What a submitted job keeps of its origin, so that later edits change nothing of it: command, config, code, versions."""
+"""What a submitted job keeps, so that later edits change nothing of it: its command, config, code and versions."""
 
 import json
 import shutil

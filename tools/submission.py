@@ -20,6 +20,7 @@ from conf.compose import compose
 from conf.errors import ConfigError
 from conf.schema import check
 from conf.secrets import without_secrets
+from data.run_directory import check_name, saved_step
 from slurm.chain import Chain
 from slurm.queue import entries, max_array_size
 from slurm.resources import Resources
@@ -27,7 +28,6 @@ from slurm.submit import submit
 from slurm.work import Progress, Work
 from tools.cli import JOBS
 from tools.snapshot import keep_code, keep_command
-from trainer.run_directory import check_name, saved_step
 
 CHAIN = "slurm.jsonl"
 """In the folder of what was submitted: its history, or that of an array and of what comes after it."""

@@ -96,25 +96,18 @@ class Lab:
         (self.folder / "state").mkdir(parents=True)
         for i in range(4):  # pretended GPUs: /dev/null under another name
             os.mknod(self.folder / f"gpu{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        self._write(
-            "gres.conf", f"AutoDetect=off\nNodeName=node[1-{self.nodes}] Name=gpu File={self.folder}/gpu[0-3]\n"
-        )
+        gpus = f"NodeName=node[1-{self.nodes}] Name=gpu File={self.folder}/gpu[0-3]"
+        self._write("gres.conf", f"AutoDetect=off\n{gpus}\n")
         settings = {"host": socket.gethostname(), "net": self._net, "port": _free_port(), "folder": self.folder}
         self._write("slurm.conf", _CONF.format(**settings, nodes=self.nodes, last=10 + self.nodes))
         names = "".join(f"{self._net}.{10 + i} node{i}\n" for i in range(1, self.nodes + 1))
         self._write("hosts", f"127.0.0.1 localhost\n{names}")
-        self._write(
-            "nsswitch.conf", "hosts: files\npasswd: files\ngroup: files\n"
-        )  # no look-ups that wait for a network
+        # No look-ups that wait for a network.
+        self._write("nsswitch.conf", "hosts: files\npasswd: files\ngroup: files\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        paths = {
-            "socket": "munge.socket",
-            "pid-file": "munged.pid",
-            "log-file": "munged.log",
-            "seed-file": "munge.seed",
-        }
+        paths = {"socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "seed"}
         options = [f"--{name}={self.folder}/{file}" for name, file in paths.items()]
         _do("munged", "--force", f"--key-file={key}", *options)
         _do("ip", "link", "add", self._tag, "type", "bridge")

@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.run_directory import read_jsonl
 from slurm.chain import Chain
 from tests.slurm.lab import Lab, wait_for
 from tests.trainer.jobs import SMALL
-from trainer.run_directory import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 # Of a node: no GPU, a core for each rank.
