@@ -22,12 +22,13 @@ from data.curation.base import Failure, Filter, GlobalFilter, Kind
 from data.curation.everywhere import score_everywhere
 from data.curation.media import read_media
 from data.curation.passes import score_batch
-from data.curation.report import write_report
+from data.curation.report import make_report
 from data.index import ensure_indexed
 from data.manifest import Manifest
 from data.scores import Recipe, Scored, ScoreError, as_json, read_scored, write_scores
 from data.store import Store, redact, remove_leftovers
 from data.tasks import Task, Tasks, run_tasks
+from data.tracking import LogConfig, RunLog, job_log
 
 
 @dataclass
@@ -57,6 +58,9 @@ class Config:
         report: a folder for a page about what the filters found; null: none.
         funnel: whose `where` clause the page follows.
         store: where the shards lie.
+        name: of the run, which writes what it tells of itself to <runs>/<name>.
+        runs: folder of runs.
+        log: whether in W&B too.
     """
 
     shards: str | list[str]
@@ -70,6 +74,9 @@ class Config:
     report: str | None = None
     funnel: FunnelConfig = field(default_factory=FunnelConfig)
     store: Store = field(default_factory=Store)
+    name: str = "curate"
+    runs: str = "runs"
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 @dataclass(frozen=True)
@@ -110,11 +117,15 @@ def run(config: Config) -> None:
         manifests = ensure_indexed(store.expand(patterns), store, config.manifest_folder)
         if config.manifest == "clips":
             manifests = ensure_clips(manifests, store)
-    scored = curate(manifests, filters, store, settings, tasks)
-    page = None
-    if config.report and tasks.task is None:
-        with mistakes():
-            page = write_report(Path(config.report), manifests, store, config.funnel.where)
+    with job_log(config, tasks.part) as log:
+        scored = curate(manifests, filters, store, settings, tasks, log)
+        _log_tables(log, manifests, scored)
+        page = None
+        if config.report and tasks.task is None:
+            with mistakes():
+                report = make_report(manifests, store, config.funnel.where)
+            page = report.write(Path(config.report))
+            report.show(log, page.parent, sum(manifest.rows for manifest in manifests))
     print(summary(manifests, scored, time.perf_counter() - started))
     if page is not None:
         print(f"report: {page}")
@@ -126,6 +137,7 @@ def curate(
     store: Store,
     settings: Settings | None = None,
     tasks: Tasks | None = None,
+    log: RunLog | None = None,
 ) -> dict[str, list[Scored | None]]:
     """Bring the score files of all filters up to date. Global filters come last, and not in a single task of several.
 
@@ -135,6 +147,7 @@ def curate(
         store: where the shards lie.
         settings: how samples are read.
         tasks: that share the shards.
+        log: that gets rows about the progress.
 
     Returns:
         By filter, what there is for each shard: None only where that is another task's.
@@ -151,10 +164,10 @@ def curate(
         remove_leftovers(folder)
     local = [f for f in filters if isinstance(f, Filter)]
     due = _due(manifests, local, store, settings)
-    if any(due):
-        rows = [manifest.rows if names else 0 for manifest, names in zip(manifests, due, strict=True)]
+    if any(shard.filters for shard in due):
+        rows = [manifest.rows for manifest in manifests]
         totals = [sum(rows[task :: tasks.tasks]) for task in range(tasks.tasks)]
-        run_tasks(partial(_score_shards, manifests, local, due, store, settings), tasks, totals, "curate")
+        run_tasks(partial(_score_shards, manifests, local, due, store, settings), tasks, totals, "curate", log)
     if tasks.task is None:
         for one in filters:
             if isinstance(one, GlobalFilter):
@@ -176,30 +189,56 @@ def _check(filters: Sequence[Filter | GlobalFilter]) -> None:
             raise ConfigError(f"two {what} {twice[0]!r}")
 
 
-def _due(manifests: Sequence[Manifest], filters: Sequence[Filter], store: Store, settings: Settings) -> list[list[str]]:
-    """For each shard, the filters whose scores are to be made."""
+@dataclass(frozen=True)
+class _Due:
+    """What is to be done of a shard.
+
+    Args:
+        filters: whose scores are to be made.
+        errors: of the others, whose scores are up to date, by filter and reason.
+    """
+
+    filters: list[str]
+    errors: dict[str, int]
+
+
+def _due(manifests: Sequence[Manifest], filters: Sequence[Filter], store: Store, settings: Settings) -> list[_Due]:
+    """For each shard."""
     recipes = {f.name: recipe(f, settings) for f in filters}
 
-    def missing(manifest: Manifest) -> list[str]:
-        scored = ((name, read_scored(manifest, name, store)) for name in recipes)
-        return [name for name, found in scored if found is None or found.recipe != recipes[name]]
+    def of_shard(manifest: Manifest) -> _Due:
+        due = _Due([], {})
+        for name, wanted in recipes.items():
+            found = read_scored(manifest, name, store)
+            if found is None or found.recipe != wanted:
+                due.filters.append(name)
+            else:
+                due.errors.update((_reason(name, reason), count) for reason, count in found.error_counts)
+        return due
 
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(missing, manifests))
+        return list(pool.map(of_shard, manifests))
+
+
+def _reason(name: str, reason: str) -> str:
+    """Why a filter failed, among those of all filters."""
+    return f"{name}: {reason}"
 
 
 def _score_shards(
     manifests: Sequence[Manifest],
     filters: Sequence[Filter],
-    due: Sequence[Sequence[str]],
+    due: Sequence[_Due],
     store: Store,
     settings: Settings,
     task: Task,
 ) -> None:
     """What one task does."""
     for shard in task.own(range(len(manifests))):
-        if due[shard]:
-            _score_shard(manifests[shard], [f for f in filters if f.name in due[shard]], store, settings, task)
+        manifest, wanted = manifests[shard], due[shard].filters
+        task.skip(0 if wanted else manifest.rows, due[shard].errors)
+        if wanted:
+            _score_shard(manifest, [f for f in filters if f.name in wanted], store, settings, task)
 
 
 def _score_shard(manifest: Manifest, filters: Sequence[Filter], store: Store, settings: Settings, task: Task) -> None:
@@ -208,18 +247,19 @@ def _score_shard(manifest: Manifest, filters: Sequence[Filter], store: Store, se
     kinds: frozenset[Kind] = frozenset().union(*(f.kinds for f in filters))
     columns: dict[str, dict[str, list]] = {f.name: {column: [] for column in f.columns.names} for f in filters}
     errors: dict[str, list[ScoreError]] = {f.name: [] for f in filters}
-    row = failed = 0
+    row = 0
     for samples in read_media(manifest, store, needs, kinds, settings.side, settings.batch):
+        failed: Counter[str] = Counter()
         for one, outcomes in zip(filters, score_batch(filters, samples), strict=True):
             for i, outcome in enumerate(outcomes):
                 if isinstance(outcome, Failure):
                     errors[one.name].append(ScoreError(row + i, samples[i].key, outcome.reason, outcome.detail))
+                    failed[_reason(one.name, outcome.reason)] += 1
                 values = outcome if isinstance(outcome, Mapping) else {}
                 for column, collected in columns[one.name].items():
                     collected.append(values.get(column))
         row += len(samples)
-        task.advance(len(samples), sum(map(len, errors.values())) - failed)
-        failed = sum(map(len, errors.values()))
+        task.advance(len(samples), failed)
     for one in filters:
         wrong = errors[one.name]
         if len(wrong) > settings.max_errors * manifest.rows:
@@ -242,13 +282,30 @@ def summary(manifests: Sequence[Manifest], scored: Mapping[str, Sequence[Scored 
     rows = sum(m.rows for m in manifests)
     lines = [f"{len(manifests)} shards, {rows} samples, {seconds:.1f} s"]
     for name, files in scored.items():
-        counts: Counter[str] = Counter()
-        for file in files:
-            counts.update(dict(file.error_counts if file is not None else ()))
-        missing = sum(file is None for file in files)
+        counts, missing = _error_counts(files), sum(file is None for file in files)
         lines.append(f"  {name}: {len(files) - missing} of {len(files)} shards scored, {counts.total()} errors")
         lines += [f"    {reason} ({count})" for reason, count in counts.most_common()]
         examples = ((m, e) for m, file in zip(manifests, files, strict=True) if file is not None for e in file.errors)
         for manifest, error in islice(examples, 10):
             lines.append(f"      {redact(manifest.shard)}: {error.key}: {error.detail or error.reason}")
     return "\n".join(lines)
+
+
+def _error_counts(files: Sequence[Scored | None]) -> Counter[str]:
+    """A filter's errors by reason, over all shards."""
+    counts: Counter[str] = Counter()
+    for file in files:
+        counts.update(dict(file.error_counts if file is not None else ()))
+    return counts
+
+
+def _log_tables(log: RunLog, manifests: Sequence[Manifest], scored: Mapping[str, Sequence[Scored | None]]) -> None:
+    """What there is and what went wrong, for W&B."""
+    at, errors = sum(m.rows for m in manifests), {name: _error_counts(files) for name, files in scored.items()}
+    filters = [
+        (name, sum(file is not None for file in files), len(files), errors[name].total())
+        for name, files in scored.items()
+    ]
+    log.log_table("filters", ["filter", "shards scored", "shards", "errors"], filters, at)
+    reasons = [(name, *counted) for name in scored for counted in errors[name].most_common()]
+    log.log_table("errors", ["filter", "reason", "samples"], reasons, at)

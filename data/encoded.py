@@ -303,6 +303,14 @@ def read_stored(manifest: Manifest, name: str, store: Store) -> Stored | None:
     return Stored(Encoding.parse(told["encoding"]), told["rows"], told["errors"])
 
 
+def read_errors(manifest: Manifest, name: str, store: Store) -> list[tuple[str, str]]:
+    """Keys of the samples of a shard that could not be encoded, and why."""
+    with open_parquet(encoded_url(manifest.url, name, ".parquet"), store) as file:
+        table = file.read(columns=["key", "error"], use_threads=False)
+    failed = table.filter(table["error"].is_valid())
+    return list(zip(failed["key"].to_pylist(), failed["error"].to_pylist(), strict=True))
+
+
 def check_encoded(
     manifests: Sequence[Manifest], rows: Sequence[np.ndarray], name: str, wanted: Encoding, store: Store
 ) -> Encoding:

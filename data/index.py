@@ -20,6 +20,7 @@ from conf.errors import mistakes
 from data.describe import describe, verify_shard
 from data.hashing import text64
 from data.manifest import Checksum, Manifest, manifest_url, read_manifest, write
+from data.progress import counted
 from data.store import Store, redact
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ def ensure_indexed(
     if missing:
         log.info("indexing %d of %d shards, the first is %s", len(missing), len(shards), redact(shards[missing[0]]))
         first = text64(f"{socket.gethostname()} {os.getpid()}") % len(missing)
-        for i, manifest in _index_all({i: jobs[i] for i in missing[first:] + missing[:first]}, processes):
+        due = {i: jobs[i] for i in missing[first:] + missing[:first]}
+        for i, manifest in counted(_index_all(due, processes), len(due), "index", "shard"):
             done[i] = manifest
             for problem in manifest.problems[:3]:
                 log.warning("%s: %s: %s", redact(manifest.shard), problem.kind, problem.detail)
@@ -139,7 +141,7 @@ def verify(shards: Sequence[str], store: Store, folder: str | None = None) -> li
         ValueError: a shard has no manifest, or one without checksums.
     """
     damaged = []
-    for shard in tqdm(shards, "verify", disable=None):
+    for shard in counted(shards, len(shards), "verify", "shard"):
         url = manifest_url(shard, store, folder)
         manifest = read_manifest(shard, url, store)
         if manifest is None or manifest.checksum is None:
@@ -176,11 +178,9 @@ def _up_to_date(shard: str, url: str, store: Store, checksum: Checksum | None) -
 def _index_all(jobs: dict[int, tuple], processes: int) -> Iterator[tuple[int, Manifest]]:
     """(position, manifest) of each job, as they are finished."""
     processes = min(processes, len(jobs) // SHARDS_PER_PROCESS)
-    bar = tqdm(desc="index", total=len(jobs), unit="shard", disable=None)
     if processes <= 1:
         for i, job in jobs.items():
             yield i, index_shard(*job)
-            bar.update()
     else:
         # Spawned, not forked: the caller may hold threads, connections and a GPU.
         pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
@@ -188,7 +188,5 @@ def _index_all(jobs: dict[int, tuple], processes: int) -> Iterator[tuple[int, Ma
             futures = {pool.submit(index_shard, *job): i for i, job in jobs.items()}
             for future in as_completed(futures):
                 yield futures[future], future.result()
-                bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
-    bar.close()

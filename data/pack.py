@@ -32,6 +32,7 @@ from data.selection import Selection
 from data.store import Store, protocol_of, redact, remove_leftovers
 from data.tars import TarData
 from data.tasks import Task, Tasks, run_tasks
+from data.tracking import LogConfig, RunLog, job_log
 
 VERSION = 1
 RECORD = "pack.json"
@@ -64,6 +65,9 @@ class Config:
         columns: of manifests and score files that go into the samples' `.json`.
         max_errors: share of a shard's samples that may be left out because they cannot be read.
         cluster: tasks that share the shards.
+        name: of the run, which writes what it tells of itself to <runs>/<name>.
+        runs: folder of runs.
+        log: whether in W&B too.
     """
 
     out: str
@@ -81,6 +85,9 @@ class Config:
     columns: list[str] = field(default_factory=list)
     max_errors: float = 0.1
     cluster: Tasks = field(default_factory=Tasks)
+    name: str = "pack"
+    runs: str = "runs"
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def run(config: Config) -> None:
@@ -102,7 +109,12 @@ def run(config: Config) -> None:
         data: TarData = build(config.data)
         pictures = Pictures(config.short_side, config.format, config.quality, config.verify, data.max_pixels)
         job = prepare(config, data, pictures)
-    reports = job.run(tasks)
+    with job_log(config, tasks.part) as log:
+        reports = job.run(tasks, log)
+        at = sum(job.order.sizes())
+        shards = [(report.name, report.samples, sum(report.failed.values())) for report in reports]
+        log.log_table("shards", ["shard", "samples", "left out"], shards, at)
+        log.log_table("errors", ["error"], [(error,) for report in reports for error in report.errors], at)
     print(summary(reports, job, time.perf_counter() - started))
 
 
@@ -144,15 +156,16 @@ class Job:
         digits = max(5, len(str(self.order.shards - 1)))
         return f"{self.out.rstrip('/')}/{shard:0{digits}d}.tar"
 
-    def run(self, tasks: Tasks) -> list[Report]:
-        """Write the shards of the tasks that run here, but for those that are finished; their reports, by shard.
+    def run(self, tasks: Tasks, log: RunLog | None = None) -> list[Report]:
+        """Write the shards of the tasks that run here, but for those that are finished; their reports, by shard. The
+        log gets rows about the progress.
 
         When all shards are finished, `sizes.json` (open_clip, datacomp) tells how many samples each of them has.
         """
         remove_leftovers(self.out)
         sizes = self.order.sizes()
         totals = [sum(sizes[i :: tasks.tasks]) for i in range(tasks.tasks)]
-        shared = run_tasks(partial(_work, self), tasks, totals, "pack")
+        shared = run_tasks(partial(_work, self), tasks, totals, "pack", log)
         reports = sorted((report for reports in shared for report in reports), key=lambda report: report.name)
         if tasks.task is None:
             everything: list[Report | None] = list(reports)
@@ -256,7 +269,7 @@ def _record(config: Config, data: TarData, job: Job, scores: dict[str, str]) -> 
 
 def summary(reports: Sequence[Report], job: Job, seconds: float) -> str:
     """What was written and what was left out, for people."""
-    samples, failed = sum(r.samples for r in reports), sum(r.failed for r in reports)
+    samples, failed = sum(r.samples for r in reports), sum(sum(r.failed.values()) for r in reports)
     lines = [f"{redact(job.out)}: {len(reports)} of {job.order.shards} shards, {samples} samples, {seconds:.1f} s"]
     if failed:
         lines.append(
@@ -324,7 +337,7 @@ def _packed(job: Job, rows: Sequence[Row], task: Task) -> Iterator[Packed]:
     contents = {source.name: source.contents for source in job.sources}
     for row, fetched in _fetched(rows, job.store, job.concurrency):
         packed = pack(row, fetched, contents[row.source])
-        task.advance(1, int(packed.status != "success"))
+        task.advance(1, {} if packed.status == "success" else {packed.status: 1})
         yield packed
 
 

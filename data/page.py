@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.tracking import RunLog
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
@@ -25,7 +27,8 @@ class Page:
         self.title = title
         self._html: list[str] = [f"<h1>{html.escape(title)}</h1>"]
         self._markdown: list[str] = [f"# {title}"]
-        self._pictures: dict[str, bytes] = {}
+        self._tables: dict[str, list[Sequence[str]]] = {}
+        self._pictures: dict[str, tuple[bytes, str]] = {}
 
     def heading(self, text: str) -> None:
         self._html.append(f"<h2>{html.escape(text)}</h2>")
@@ -35,9 +38,11 @@ class Page:
         self._html.append(f"<p>{html.escape(text)}</p>")
         self._markdown.append(text)
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table whose first row names its columns."""
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], name: str | None = None) -> None:
+        """A table whose first row names its columns; one with a name is shown in W&B too."""
         lines = [header, *([str(cell) for cell in row] for row in rows)]
+        if name is not None:
+            self._tables[name] = lines
         cells = [[html.escape(cell) for cell in line] for line in lines]
         marked = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in cells[1:])
         self._html.append(f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in cells[0])}</tr>{marked}</table>")
@@ -49,16 +54,27 @@ class Page:
         """A PNG; `name` is that of its file beside the Markdown."""
         self._html.append(figure_of(png, caption))
         self._markdown.append(f"![{caption}](pictures/{name}.png)\n\n{caption}")
-        self._pictures[name] = png
+        self._pictures[name] = png, caption
 
     def write(self, folder: Path) -> Path:
         """Write `index.html`, `report.md` and the pictures; returns the page's path."""
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        for name, png in self._pictures.items():
+        for name, (png, _) in self._pictures.items():
             (folder / "pictures" / f"{name}.png").write_bytes(png)
         (folder / "report.md").write_text("\n\n".join(self._markdown) + "\n")
         (folder / "index.html").write_text(document(self.title, self._html))
         return folder / "index.html"
+
+    def show(self, log: RunLog, folder: Path, at: int) -> None:
+        """Show the pictures, and the tables that have names, in W&B, at a place of the log's axis.
+
+        Args:
+            folder: that the page was written to.
+        """
+        for name, (header, *rows) in self._tables.items():
+            log.log_table(f"report/{name}", header, rows, at)
+        for name, (_, caption) in self._pictures.items():
+            log.log_image(f"report/{name}", folder / "pictures" / f"{name}.png", at, caption)
 
 
 def document(title: str, parts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Where a run writes: `runs/<name>/{config.yaml, metrics.jsonl, keys.jsonl, checkpoints/, samples/, ...}`."""
+"""Where a run of any job writes: `runs/<name>/{config.yaml, metrics.jsonl, keys.jsonl, checkpoints/, ...}`."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ class RunDirectory:
     """The paths of a run. Creating it makes the folder.
 
     Raises:
-        ValueError: the folder cannot be made.
+        ConfigError: the folder cannot be made.
     """
 
     def __init__(self, runs: str, name: str):
@@ -28,7 +28,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"runs={runs}: cannot make the folder {self.path}: {error.strerror}") from error
+            raise ConfigError(f"runs={runs}: cannot make the folder {self.path}: {error.strerror}") from error
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the composed config, whose secrets are masked."""

@@ -11,20 +11,19 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
-from tqdm import tqdm
-
 from conf.errors import ConfigError
+from data.progress import Advance, Progress
+from data.tracking import RunLog
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _RAISED = (ConfigError, ValueError, OSError)  # what a job raises for its user, the narrowest first
-_LOG_INTERVAL = 30.0  # seconds between lines of the progress bar where it goes to a file
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -52,6 +51,11 @@ class Tasks:
         """The tasks that this command runs."""
         return list(range(self.tasks)) if self.task is None else [self.task]
 
+    @property
+    def part(self) -> str | None:
+        """The part of a run that this command is, if it is not the whole of it."""
+        return None if self.task is None else f"task_{self.task}"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -59,22 +63,24 @@ class Task:
 
     index: int
     count: int
-    tell: Callable[[tuple[int, int, int]], Any]
+    tell: Callable[[Advance], Any]
 
     def own(self, items: Sequence[T]) -> Sequence[T]:
         """This task's share of all items."""
         return items[self.index :: self.count]
 
-    def advance(self, samples: int, errors: int = 0) -> None:
-        """So many more samples are done, some of them with errors."""
-        self.tell((samples, 0, errors))
+    def advance(self, samples: int, errors: Mapping[str, int] | None = None) -> None:
+        """So many more samples are done, some of them with errors, which are counted by reason."""
+        self.tell(Advance(samples, 0, errors or {}))
 
-    def skip(self, samples: int, errors: int = 0) -> None:
+    def skip(self, samples: int, errors: Mapping[str, int] | None = None) -> None:
         """So many samples were done by an earlier run: they do not count for the speed."""
-        self.tell((samples, samples, errors))
+        self.tell(Advance(samples, samples, errors or {}))
 
 
-def run_tasks(work: Callable[[Task], R], tasks: Tasks, totals: Sequence[int], description: str) -> list[R]:
+def run_tasks(
+    work: Callable[[Task], R], tasks: Tasks, totals: Sequence[int], description: str, log: RunLog | None = None
+) -> list[R]:
     """Run the tasks that belong here under one progress bar: done, samples/s, time left, errors.
 
     A single task runs in this process, several are spawned: then `work` and what it returns must be picklable, and the
@@ -85,6 +91,7 @@ def run_tasks(work: Callable[[Task], R], tasks: Tasks, totals: Sequence[int], de
         tasks: which run here.
         totals: samples of each of the N tasks.
         description: of the bar.
+        log: that gets rows about the progress.
 
     Returns:
         What `work` returned for each task that ran here.
@@ -95,11 +102,11 @@ def run_tasks(work: Callable[[Task], R], tasks: Tasks, totals: Sequence[int], de
         RuntimeError: a task raised anything else; holds its traceback.
     """
     assert len(totals) == tasks.tasks, "one total per task"
-    with _Bar(sum(totals[i] for i in tasks.here), description) as bar:
+    with Progress(sum(totals[i] for i in tasks.here), description, log) as progress:
         if len(tasks.here) == 1:
             one_thread()
-            return [work(Task(tasks.here[0], tasks.tasks, bar.tell))]
-        return _spawn(work, tasks, bar)
+            return [work(Task(tasks.here[0], tasks.tasks, progress.tell))]
+        return _spawn(work, tasks, progress)
 
 
 def one_thread() -> None:
@@ -110,7 +117,7 @@ def one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
-def _spawn(work: Callable[[Task], R], tasks: Tasks, bar: "_Bar") -> list[R]:
+def _spawn(work: Callable[[Task], R], tasks: Tasks, progress: Progress) -> list[R]:
     context = multiprocessing.get_context("spawn")
     results: dict[int, R] = {}
     processes: dict[Connection, tuple[int, SpawnProcess]] = {}
@@ -140,7 +147,7 @@ def _spawn(work: Callable[[Task], R], tasks: Tasks, bar: "_Bar") -> list[R]:
                 if isinstance(message, _Result):
                     results[i] = message.value
                 else:
-                    bar.tell(message)
+                    progress.tell(message)
     finally:
         for connection, (_, process) in processes.items():
             if process.is_alive():
@@ -192,33 +199,6 @@ def _death(index: int, count: int, code: int | None) -> str:
         f"task {index} of {count} ended {how} before its work was done: if memory ran out, use fewer cluster.tasks;"
         " the same command goes on where it stopped"
     )
-
-
-class _Bar:
-    """One progress bar for all tasks. Where standard error is no terminal, a line now and then."""
-
-    def __init__(self, total: int, description: str) -> None:
-        self.errors = 0
-        interval = 0.1 if sys.stderr.isatty() else _LOG_INTERVAL
-        # smoothing=0: the speed is that of the whole run, which the time left of a long job is best told from.
-        self._bar = tqdm(
-            desc=description, total=total, unit="sample", unit_scale=True, smoothing=0, mininterval=interval
-        )
-
-    def tell(self, progress: tuple[int, int, int]) -> None:
-        """Samples done, how many of these by an earlier run, and errors among them."""
-        samples, skipped, errors = progress
-        self._bar.initial += skipped
-        if errors:
-            self.errors += errors
-            self._bar.set_postfix(errors=self.errors, refresh=False)
-        self._bar.update(samples)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 @contextmanager

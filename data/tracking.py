@@ -6,13 +6,14 @@ import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from conf.errors import ConfigError
-from data.run_directory import RunDirectory
+from conf.secrets import without_secrets
+from data.run_directory import RunDirectory, check_name
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,13 @@ class WandbConfig:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     mode: WandbMode = "auto"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """`log` of a job that trains nothing."""
+
+    wandb: WandbConfig | None = field(default_factory=WandbConfig)
 
 
 class RunLog:
@@ -93,6 +101,32 @@ class RunLog:
             self._wandb.log({name: table, self._axis: at})
 
 
+def job_log(config: Any, part: str | None = None) -> RunLog:
+    """The log of a job that trains nothing, over the samples that are done, in its run directory, whose config it
+    writes.
+
+    Args:
+        config: of the job; has `name`, `runs` and `log.wandb`.
+        part: of a run that has several: it gets a folder in that of the run, and a W&B run of its own, grouped by the
+            run's name.
+
+    Raises:
+        ConfigError: see `RunLog`; or the folder cannot be made.
+    """
+    from omegaconf import OmegaConf
+
+    check_name(config.name)
+    directory = RunDirectory(config.runs, config.name if part is None else f"{config.name}/{part}")
+    plain: dict[str, Any] = without_secrets(OmegaConf.to_container(config))
+    directory.write_config(plain)
+    wandb = None if config.log.wandb is None else WandbConfig(**config.log.wandb)
+    if part is None:
+        return RunLog(directory, plain, wandb, "samples")
+    if wandb is not None:
+        wandb = replace(wandb, group=wandb.group or config.name)
+    return RunLog(directory, plain, wandb, "samples", f"{config.name} {part}")
+
+
 class _Wandb:
     """One W&B run for the life of a run directory, however often the run is resumed.
 
@@ -131,7 +165,7 @@ class _Wandb:
             )
 
         try:
-            self._run = start(_resolved(settings.mode))
+            self._run = start(resolved(settings.mode))
         except wandb.errors.CommError as error:
             if settings.mode != "auto":
                 raise
@@ -153,7 +187,7 @@ class _Wandb:
         self._run.log(dict(row), step=self._logged)
 
 
-def _resolved(mode: str) -> str:
+def resolved(mode: str) -> str:
     """ "auto" becomes "online" or "offline"; WANDB_MODE decides where it is set.
 
     Raises:

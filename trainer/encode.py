@@ -9,8 +9,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from data.encoded import (
     Dtype,
     Encoded,
     Encoding,
+    read_errors,
     read_stored,
     rows_hash,
     text_member,
@@ -36,19 +37,26 @@ from data.encoded import (
     write_nulls,
 )
 from data.manifest import Manifest
-from data.run_directory import check_name
+from data.run_directory import RunDirectory, check_name
 from data.store import redact, remove_leftovers
 from data.tars import Source, TarData
-from data.tasks import Task, Tasks, run_tasks
+from data.tasks import Task, one_thread
+from data.tracking import job_log
 from models.conditioner import Conditioner
 from trainer.config import Config as TrainConfig
-from trainer.distributed import World, barrier, first_on_node, joined
+from trainer.distributed import World, first_on_node, joined
 from trainer.encodings import encoder_settings, encoding_of, latent_settings, rows_of, with_moments
 from trainer.engines.networks import prepare_frozen
 from trainer.networks import build_conditioner
+from trainer.rank_progress import rank_progress
 
 # Ranks meet only at the end, some long after the others.
 _LONGEST_WAIT_S = 30 * 24 * 3600.0
+# The job may share the name of the run that it encodes for, and keeps to a folder of its own there.
+_PART = "encode"
+# Why samples fail; the exact reasons are as many as there are ways to be damaged.
+_UNUSABLE = "unusable picture"
+_ERRORS_SHOWN = 20
 # Batches that are read at once, so that every bucket fills some.
 _WINDOW = 4
 
@@ -127,15 +135,15 @@ def encode(config: Any, world: World) -> None:
     if world.is_main:
         for folder in sorted({f"{job.manifest.url.rpartition('/')[0]}/encoded-{data.encoded}" for job in jobs}):
             remove_leftovers(folder)
-    barrier()
-    work = partial(_encode_shards, config, data, buckets, networks, jobs, world.device)
-    totals = [sum(len(job.rows) for job in jobs[rank :: world.size]) for rank in range(world.size)]
-    run_tasks(work, Tasks(world.size, world.rank), totals, f"encode {data.encoded}")
-    barrier()
+    one_thread()
+    total = sum(len(job.rows) for job in jobs)
+    meeting = RunDirectory(config.runs, config.name).path / _PART / "progress"
+    with ExitStack() as resources:
+        log = resources.enter_context(job_log(config, _PART)) if world.is_main else None
+        tell = resources.enter_context(rank_progress(meeting, world, total, f"encode {data.encoded}", log))
+        _encode_shards(config, data, buckets, networks, jobs, world.device, Task(world.rank, world.size, tell))
     if world.is_main:
-        errors = [stored.errors for job in jobs if (stored := read_stored(job.manifest, data.encoded, data.store))]
-        samples, seconds = sum(len(job.rows) for job in jobs), time.perf_counter() - started
-        print(f"{len(jobs)} shards, {samples} samples, {sum(errors)} of them with errors, {seconds:.1f} s")
+        print(summary(data, jobs, time.perf_counter() - started))
 
 
 def _prepare(config: Any, data: TarData, buckets: Buckets, world: World) -> tuple[dict[str, nn.Module], list[_Job]]:
@@ -172,6 +180,26 @@ def _prepare(config: Any, data: TarData, buckets: Buckets, world: World) -> tupl
     return networks, jobs
 
 
+def summary(data: TarData, jobs: Sequence[_Job], seconds: float) -> str:
+    """What there is and what went wrong, for people."""
+    assert data.encoded is not None
+    errors = 0
+    lines: list[str] = []
+    for job in jobs:
+        stored = read_stored(job.manifest, data.encoded, data.store)
+        if stored is None or not stored.errors:
+            continue
+        errors += stored.errors
+        if len(lines) < _ERRORS_SHOWN:
+            of_shard = read_errors(job.manifest, data.encoded, data.store)
+            lines += [f"  {redact(job.manifest.shard)}: {key}: {error}" for key, error in of_shard]
+    shown = lines[:_ERRORS_SHOWN]
+    if errors > len(shown):
+        shown.append(f"  and {errors - len(shown)} more")
+    samples = sum(len(job.rows) for job in jobs)
+    return "\n".join([f"{len(jobs)} shards, {samples} samples, {errors} of them with errors, {seconds:.1f} s", *shown])
+
+
 def _encode_shards(
     config: Any,
     data: TarData,
@@ -186,7 +214,7 @@ def _encode_shards(
     for job in task.own(jobs):
         stored = read_stored(job.manifest, data.encoded, data.store)
         if stored is not None and (stored.encoding, stored.rows) == (job.encoding, rows_hash(job.rows)):
-            task.skip(len(job.rows), stored.errors)
+            task.skip(len(job.rows), {_UNUSABLE: stored.errors} if stored.errors else {})
             continue
         red, green, blue = job.source.background
         cropping = Cropping(buckets, data.flip, (red, green, blue), data.max_pixels) if config.encode.latents else None
@@ -222,7 +250,7 @@ def _encode_samples(
                     members[i][text_member(number)] = save(tensors)
         for sample, own in zip(window, members, strict=True):
             yield Encoded(sample.row, sample.key, own, sample.original_size, sample.crop, sample.error)
-        task.advance(len(window), sum(sample.error is not None for sample in window))
+        task.advance(len(window), Counter(_UNUSABLE for sample in window if sample.error is not None))
 
 
 def _add_latents(

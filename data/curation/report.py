@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -20,17 +19,13 @@ ERRORS = 20
 """Errors listed per filter."""
 
 
-def write_report(folder: Path, manifests: Sequence[Manifest], store: Store, where: str | None = None) -> Path:
-    """Write `index.html`, the same as `report.md`, and their pictures.
+def make_report(manifests: Sequence[Manifest], store: Store, where: str | None = None) -> Page:
+    """The page, not yet written anywhere.
 
     Args:
-        folder: for them.
         manifests: of the shards.
         store: where they lie.
         where: the clause whose funnel is shown.
-
-    Returns:
-        The page's path.
 
     Raises:
         ValueError: a wrong clause, or scores that are missing.
@@ -45,7 +40,7 @@ def write_report(folder: Path, manifests: Sequence[Manifest], store: Store, wher
     for name in names:
         _show_groups(page, name, manifests, store, sheets)
     _show_errors(page, names, manifests, store)
-    return page.write(folder)
+    return page
 
 
 def _show_funnel(page: Page, found: Funnel, where: str, sheets: Sheets) -> None:
@@ -63,6 +58,7 @@ def _show_funnel(page: Page, found: Funnel, where: str, sheets: Sheets) -> None:
             )
             for stage in found.stages
         ],
+        name="funnel",
     )
     for number, stage in enumerate(found.stages, 1):
         page.heading(stage.text)

@@ -54,13 +54,13 @@ class Report:
     Args:
         name: of the tar.
         samples: written.
-        failed: left out.
+        failed: left out, by status.
         errors: up to `ERRORS_SHOWN` lines about these.
     """
 
     name: str
     samples: int
-    failed: int
+    failed: dict[str, int]
     errors: tuple[str, ...] = ()
 
 
@@ -77,7 +77,7 @@ def read_report(tar: str, store: Store) -> Report | None:
     if manifest is None or manifest.identity != str(store.identity(tar)):
         return None
     stats = json.loads(store.read_all(beside(tar, "_stats.json")))
-    failed = stats["count"] - stats["successes"]
+    failed = {status: stats[status] for status in ("failed_to_download", "failed_to_resize") if stats[status]}
     errors: list[str] = []
     if failed:
         columns = ["status", "source_shard", "source_key", "error_message"]
@@ -133,7 +133,8 @@ def write_shard(
         "status_dict": {"success": status["success"], **Counter(m for m in rows["error_message"] if m is not None)},
     }
     store.write(beside(tar, "_stats.json"), json.dumps(stats, indent=4, ensure_ascii=False).encode())
-    return Report(_name(tar), status["success"], len(errors), tuple(errors[:ERRORS_SHOWN]))
+    written = status.pop("success", 0)
+    return Report(_name(tar), written, dict(status), tuple(errors[:ERRORS_SHOWN]))
 
 
 def column(values: list[Any], kind: pa.DataType) -> pa.Array:

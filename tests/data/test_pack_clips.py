@@ -37,6 +37,8 @@ def test_clips_are_cut_out_of_their_videos(tmp_path, how):
             "data.sources.v.manifest=clips",
             "data.sources.v.where='frames > 30'",
             f"data.cache_folder={tmp_path}/cache",
+            f"runs={tmp_path}/runs",
+            "log.wandb=null",
             f"clips={how}",
             "columns=[start]",
             "shuffle=false",

@@ -32,7 +32,7 @@ WORDS = ["red", "green", "blue", "small", "large", "circle", "square", "left", "
 STEPS = 10
 # Both jobs take these: a latent first stage, text, several buckets, two caption columns, flips and dropout.
 BASE = [
-    *("first_stage=kl_tiny", "conditioner=t5_local", "conditioner.length=12", "conditioner.width=32"),
+    *("first_stage=kl_tiny", "conditioner=t5_local", "conditioner.length=12", "conditioner.width=32", "log.wandb=null"),
     *("conditioner.vocab_size=64", "conditioner.steps=3", "engine.precision=fp32", "data.workers=0"),
     *("buckets=tiny", "buckets.sizes=[[32,32],[24,40],[40,24]]", "data.crop=center", "data.flip=true"),
     *("data.sources.s.caption={caption: 1.0, other: 1.0}", "data.holdout=0.1"),

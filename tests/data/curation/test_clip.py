@@ -342,6 +342,7 @@ def test_the_command_line_embeds_judges_and_groups_in_one_go(tmp_path, clip_fold
         "filter.semantic_duplicates.best=clip_aesthetic",
         f"filter.semantic_duplicates.scratch={tmp_path}",
         "max_errors=0.2",
+        "log.wandb=null",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "tools.cli", "curate", *command], capture_output=True, text=True, timeout=500

@@ -25,9 +25,11 @@ from data.scores import read_scored, score_url
 from data.selection import select
 from data.store import Store
 
+CURATE = [sys.executable, "-m", "tools.cli", "curate", "log.wandb=null"]
+
 
 def job(*overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.cli", "curate", *overrides]
+    command = [*CURATE, *overrides]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -96,7 +98,7 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     deadline = time.monotonic() + 240
     for count in (1, 30, 75, 115):  # score files there are when it is killed, and then some
         process = subprocess.Popen(
-            [sys.executable, "-m", "tools.cli", "curate", f"shards={folder}", *command],
+            [*CURATE, f"shards={folder}", *command],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
