@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -89,11 +90,16 @@ def train_text_encoder(
     texts = sorted({caption.strip() for caption in captions} - {""})
     if not texts:
         raise ValueError("there is no caption with any text to train a text encoder from")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    train_tokenizer(texts, partial, vocab_size)
-    train_t5(texts, partial, width, layers, heads, steps, seed=seed)
-    partial.rename(folder)
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        train_tokenizer(texts, partial, vocab_size)
+        train_t5(texts, partial, width, layers, heads, steps, seed=seed)
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # else another run with the same folder was faster: take that one's
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def train_tokenizer(captions: Sequence[str], folder: Path, vocab_size: int = 512) -> None:

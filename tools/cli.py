@@ -18,6 +18,7 @@ JOBS = {
     "pack": ("data.pack", "write selected samples as fresh, balanced tars, resized or encoded anew if asked"),
     "encode": ("trainer.encode", "keep what a run's frozen encoders make of its data, for training to read"),
     "train": ("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
+    "study": ("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
     "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, checkpoint, curate"),
 }
@@ -87,7 +88,7 @@ def _run(job: str, overrides: list[str]) -> None:
     show = "--cfg" in overrides
     overrides = [o for o in overrides if o != "--cfg"]
     if (ROOT / job).is_dir():  # `millrace bench plan` is short for `millrace bench bench=plan`
-        overrides = [f"{job}={o}" if o.isidentifier() else o for o in overrides]
+        overrides = [f"{job}={o}" if o.replace("/", "_").isidentifier() else o for o in overrides]
     config = compose(job, overrides)
     if show:
         from omegaconf import OmegaConf

@@ -21,7 +21,7 @@ from conf.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _SENTENCE = "millrace: "
-_LAUNCHER = "MILLRACE_LAUNCHER"
+LAUNCHER = "MILLRACE_LAUNCHER"
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 
@@ -65,7 +65,7 @@ def launch(job: str, overrides: list[str], config: DictConfig) -> None:
         ) from error
     # One thread pool per rank: the machine's cores are shared, and a fixed count keeps sums bit-equal between runs.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.cluster.processes)))
-    os.environ[_LAUNCHER] = str(os.getpid())
+    os.environ[LAUNCHER] = str(os.getpid())
     # -P keeps the caller's folder off the import path: it may well hold a folder named "data" or "models".
     command = ["-P", "-m", "tools.cli", job, *overrides]
     restarts: int = config.cluster.restarts
@@ -75,7 +75,7 @@ def launch(job: str, overrides: list[str], config: DictConfig) -> None:
                 return _start_ranks(config.cluster.processes, logs, command)
             except ChildFailedError as error:
                 rank, failure = error.get_first_failure()
-                words = f"rank {rank} of {job!r} failed{_last_words(logs, rank)}"
+                words = f"rank {rank} of {job!r} failed{_words_of_rank(logs, rank)}"
                 if forwarded:
                     names = " and ".join(number.name for number in forwarded)
                     words = f"asked to stop by {names}, {words} (exit status {failure.exitcode})"
@@ -141,7 +141,7 @@ def follow_launcher() -> None:
 
     Linux only; elsewhere a launcher that is killed leaves its ranks running.
     """
-    launcher = os.environ.pop(_LAUNCHER, None)
+    launcher = os.environ.pop(LAUNCHER, None)
     if launcher is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -158,10 +158,15 @@ def run_directory(config: DictConfig) -> Path:
     return Path(config.get("runs", "runs")) / name
 
 
-def _last_words(logs: Path, rank: int) -> str:
-    """The sentence, or else the last line, that a rank wrote to stderr in the newest start."""
+def _words_of_rank(logs: Path, rank: int) -> str:
+    """The last words of a rank in the newest start."""
     written = sorted(logs.glob(f"*/attempt_*/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)
-    lines = written[-1].read_text(errors="replace").strip().splitlines() if written else []
+    return last_words(written[-1]) if written else ""
+
+
+def last_words(log: Path) -> str:
+    """`": "` and the last sentence for users, or else the last line, that a command wrote to a log; "" if none."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     sentences = [line.removeprefix(_SENTENCE) for line in lines if line.startswith(_SENTENCE)]
     words = (sentences or lines)[-1:]
     return f": {words[0].rstrip('.')}" if words else ""

@@ -26,7 +26,7 @@ def build_networks(config: Any, objective: Objective, split: TarSplit, world: Wo
     Raises:
         ConfigError: the denoiser's sizes do not fit the text encoders'.
     """
-    networks = _on_meta(config, objective)
+    networks = networks_on_meta(config, objective)
     if "conditioner" in objective.networks:
         conditioner = build_conditioner(config.conditioner, split, world)
         networks["conditioner"] = conditioner
@@ -55,7 +55,7 @@ def check_networks(config: Any, objective: Objective) -> None:
         learns = _learns(config.conditioner)
         if learns or "encoders" in config.conditioner:
             objective.check_encoders(1 if learns else len(config.conditioner.encoders))
-    networks = _on_meta(config, objective)
+    networks = networks_on_meta(config, objective)
     if "denoiser" not in networks:
         return
     denoiser = networks["denoiser"]
@@ -65,7 +65,7 @@ def check_networks(config: Any, objective: Objective) -> None:
         _check_conditions(denoiser, config.conditioner.width, config.conditioner.width)
 
 
-def _on_meta(config: Any, objective: Objective) -> dict[str, Any]:
+def networks_on_meta(config: Any, objective: Objective) -> dict[str, Any]:
     """All networks but the conditioner, on the meta device."""
     nodes = {name: config[key] for name, key in _KEYS.items()} | dict(config.networks)
     with torch.device("meta"):

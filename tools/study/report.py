@@ -1,0 +1,69 @@
+"""What a study leaves behind: results.parquet, the page, tables as files, and a run of its own in W&B."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.page import Page
+from data.run_directory import RunDirectory
+from data.tracking import RunLog, WandbConfig
+from tools.study.results import Result, columns, write_parquet
+from tools.study.sheet import Sheet, figures
+
+
+def overview(results: Sequence[Result], folder: Path) -> Sheet:
+    """The table of all runs, and the reasons of those that are not finished."""
+    sheet = Sheet("Runs", folder)
+    names = columns(results)
+    axes = list(results[0].labels)
+    rows = [
+        [*r.labels.values(), r.seed, *(figures(r.values.get(name)) for name in names)] for r in results if r.finished
+    ]
+    done = len(rows)
+    sheet.verdict(f"{done} of {len(results)} runs are finished.")
+    if rows:
+        sheet.table("runs", "Every finished run.", [*axes, "seed", *names], rows)
+    missing = [[r.name, r.state] for r in results if not r.finished]
+    if missing:
+        sheet.table("not_finished", "Runs that are not finished.", ["run", "why"], missing)
+    return sheet
+
+
+def write_report(name: str, folder: Path, results: Sequence[Result], sheets: Sequence[Sheet]) -> Path:
+    """Write everything into the study's folder; returns the page's path."""
+    out = folder / "report"
+    tables = out / "tables"
+    tables.mkdir(parents=True, exist_ok=True)
+    write_parquet(results, folder / "results.parquet")
+    page = Page(name)
+    for sheet in sheets:
+        for sentence in sheet.verdicts:
+            page.paragraph(sentence)
+    for sheet in sheets:
+        sheet.write(page)
+        for table in sheet.tables:
+            (tables / f"{table.name}.md").write_text(table.markdown())
+            (tables / f"{table.name}.tex").write_text(table.latex())
+    found = {sheet.title: {"verdicts": sheet.verdicts, **sheet.numbers} for sheet in sheets}
+    (folder / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
+    return page.write(out)
+
+
+def log_to_wandb(config: Any, study: str, results: Sequence[Result], sheets: Sequence[Sheet]) -> None:
+    """A W&B run in the study's group, with the table of runs, the plots and the verdicts.
+
+    Args:
+        config: of one of the runs, whose `log.wandb` is followed.
+    """
+    if config.log.wandb is None:
+        return
+    directory = RunDirectory(str(Path(config.runs).parent), study)
+    verdicts = {sheet.title: sheet.verdicts for sheet in sheets}
+    names = columns(results)
+    rows = [[r.name, *r.labels.values(), r.seed, r.state, *(r.values.get(n) for n in names)] for r in results]
+    with RunLog(directory, {"verdicts": verdicts}, WandbConfig(**config.log.wandb), name=f"{study} analysis") as log:
+        finished = sum(r.finished for r in results)
+        log.log_table("runs", ["run", *results[0].labels, "seed", "state", *names], rows, finished)
+        for picture in sorted((directory.path / "report" / "pictures").glob("*.png")):
+            log.log_image(picture.stem, picture, finished)

@@ -1,0 +1,159 @@
+"""The runs of a study, composed as `millrace train` would compose them, and how far each of them is."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+
+from conf.compose import compose
+from conf.errors import ConfigError
+from conf.schema import check
+from conf.secrets import without_secrets
+from data.run_directory import read_jsonl, saved_step
+from tools.study.cost import Cost, cost_of
+from tools.study.design import Point, Study
+from tools.study.measure import Measure
+from tools.study.pool import Command
+from tools.study.results import Result
+from trainer.config import Config, preflight
+
+State = Literal["finished", "begun", "new"]
+# Keys that may differ between a run and what it would be composed of now: they do not change what it ends with.
+_FREE = ("runs", "cluster", "log", "checkpoint", "samples", "device", "threads", "hang_timeout", "rehearse")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A run of a study.
+
+    Args:
+        point: where it stands.
+        overrides: what `millrace train` is given.
+        folder: of the run.
+        config: composed and checked.
+        cost: of the whole run.
+    """
+
+    point: Point
+    overrides: list[str]
+    folder: Path
+    config: Any
+    cost: Cost
+
+    @property
+    def command(self) -> Command:
+        """That starts it, or goes on with it."""
+        return Command(self.point.name, ["train", *self.overrides], self.folder / "logs" / "study.log")
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps that the run has logged."""
+        rows = self.rows()
+        return int(rows[-1]["step"]) if rows else 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of its metrics.jsonl so far."""
+        metrics = self.folder / "metrics.jsonl"
+        return read_jsonl(metrics) if metrics.exists() else []
+
+    @property
+    def state(self) -> State:
+        """A run is finished when its last step is logged and, unless its checkpoints were removed, saved."""
+        if not (self.folder / "config.yaml").exists():
+            return "new"
+        saved = saved_step(self.folder) == self.config.steps
+        removed = not any((self.folder / "checkpoints").glob("step_*"))
+        return "finished" if self.steps_taken == self.config.steps and (saved or removed) else "begun"
+
+    def result(self, measures: Mapping[str, Measure], reason: str | None = None) -> Result:
+        """The run's row.
+
+        Args:
+            reason: why it failed, where it did.
+        """
+        rows, state = self.rows(), self.state
+        values: dict[str, float] = {
+            "parameters": self.cost.parameters,
+            "steps": self.config.steps,
+            "samples": self.cost.samples,
+            "flops": self.cost.flops,
+        }
+        if rows:
+            values["hours"] = hours_of(rows)
+        values |= {name: value for name, measure in measures.items() if (value := measure.of(rows)) is not None}
+        told = {"finished": "finished", "new": "not started"}.get(
+            state, f"{self.steps_taken} of {self.config.steps} steps taken"
+        )
+        if state != "finished" and reason:
+            told = f"failed: {reason}"
+        point, file = self.point, self.folder / "evaluation.jsonl"
+        settings = read_jsonl(file) if file.exists() else []
+        return Result(point.name, point.labels, point.seed, point.held_out, told, self.folder, values, settings)
+
+
+def hours_of(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Hours spent on training, told from the rows' speeds: without validation, sampling and checkpoints."""
+    seconds, before = 0.0, 0
+    for row in rows:
+        if row.get("samples_per_s"):
+            seconds += (row["samples"] - before) / row["samples_per_s"]
+        before = row["samples"]
+    return seconds / 3600
+
+
+def compose_runs(study: Study, runs: str, overrides: Sequence[str] = ()) -> list[StudyRun]:
+    """Compose every run, and check it as `millrace train` would, before any starts.
+
+    Args:
+        runs: folder of runs; the study's lie in `<runs>/<study>/`.
+        overrides: further ones of every run, above all of the study's own.
+
+    Raises:
+        ConfigError: a mistake in a run, which the sentence names; or a folder that holds a run of another
+            configuration.
+    """
+    folder = Path(runs) / study.name
+    return [_compose_run(study, point, folder, overrides) for point in study.points()]
+
+
+def _compose_run(study: Study, point: Point, folder: Path, further: Sequence[str]) -> StudyRun:
+    # The group first: a study may turn W&B off.
+    overrides = [f"log.wandb.group={study.name}", *point.overrides, *further, f"runs={folder}", f"name={point.name}"]
+    try:
+        config = compose("train", overrides)
+        check(config, Config)
+        preflight(config, config.cluster.get("processes", 1))
+        cost = cost_of(config)
+    except ConfigError as error:
+        raise ConfigError(f"run {point.name}: {error}") from error
+    run = StudyRun(point, overrides, folder / point.name, config, cost)
+    _check_same(run)
+    return run
+
+
+def _check_same(run: StudyRun) -> None:
+    """Whether the run that lies in the folder is the one that would be started now."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return
+    now = without_secrets(OmegaConf.to_container(run.config))
+    differing = next(_differences(yaml.safe_load(path.read_text()), json.loads(json.dumps(now)), ""), None)
+    if differing is not None:
+        key, there, here = differing
+        raise ConfigError(
+            f"run {run.point.name}: {run.folder} holds a run with {key}={there}, but the study has {here} now: remove"
+            " the folder, or give the study another name=."
+        )
+
+
+def _differences(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            if path or key not in _FREE:
+                yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
+    elif there != here:
+        yield path, there, here
