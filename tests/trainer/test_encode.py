@@ -93,7 +93,7 @@ def encode_here(arguments: list[str]) -> str:
         preflight(config, size)
         encode(config, World(rank, size, rank, torch.device("cpu"), launched=False))
     except ValueError as error:
-        return str(error)
+        return f"mistake: {error}" if isinstance(error, ConfigError) else str(error)
     return ""
 
 
@@ -208,6 +208,8 @@ def test_encodings_come_from_workers_as_they_are_read_here(folder):
 
 def test_tasks_give_the_same_bytes_and_what_is_done_is_left(folder):
     encode_on(2, folder, "data.encoded=two", "encode.dtype=float32", "encode.batch=5")
+    told = read_jsonl(folder / "runs/encode/encode/metrics.jsonl")[-1]
+    assert (told["job"], told["samples"], told["total"]) == ("encode two", 48, 48)  # of both ranks
     assert files(folder, "two") == files(folder, "whole")
     assert set(files(folder, "two")) == {"00000.tar", "00000.parquet", "00001.tar", "00001.parquet", "null.safetensors"}
     before = {path: path.stat().st_mtime_ns for path in encoded_folder(folder, "two").iterdir()}
@@ -261,7 +263,7 @@ def test_a_picture_that_cannot_be_decoded_is_replaced_as_on_the_fly(tmp_path, fo
     assert {line["key"] for line in quarantined[0]} <= {"0004", "0009"} and quarantined[0]
     strict = overrides(tmp_path, *text, "data.encoded=strict", "encode.text=false", "encode.max_errors=0.05")
     (refused,) = ranks(1).run(encode_here, strict)
-    assert "2 of 24 samples" in refused and "'0004': cannot decode image" in refused
+    assert refused.startswith("2 of 24 samples") and "'0004': cannot decode image" in refused
     assert list(encoded_folder(tmp_path, "strict").glob("*")) == []
 
 

@@ -1,17 +1,16 @@
-"""What a run logs, read back: metrics.jsonl, and W&B's files through W&B's own reader."""
+"""What a run logs, read back."""
 
-import json
 import os
 import pty
 import subprocess
 import sys
 import termios
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data.run_directory import RunDirectory, read_jsonl
+from tests.data.wandb_files import records
 from trainer.tracking import Tracker
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,23 +73,12 @@ def python(code: str, folder: Path, status: int = 0, **variables: str) -> str:
     return output.decode().replace("\r\n", "\n")
 
 
-def records(folder: Path) -> list[list[dict[str, Any]]]:
-    """The records of every start, in order of starts."""
-    files = sorted(folder.glob("run/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
-    wandb = Path(sys.executable).parent / "wandb"
-    read = [
-        subprocess.run([wandb, "leet", "inspect", "--json", file], capture_output=True, text=True, check=True).stdout
-        for file in files
-    ]
-    return [[json.loads(line) for line in text.splitlines()] for text in read]
-
-
 @pytest.mark.timeout(120)
 def test_wandb_keeps_every_row_of_a_run_that_went_back_and_was_resumed_and_asks_nothing(tmp_path):
     python("with tracker(0) as t: take(t, 1, 2, 3, 4); take(t, 3, 4)  # rolled back to 2", tmp_path)
     image = "Image.new('RGB', (2, 2)).save('{0}/i.png'); t.log_image('samples', Path('{0}/i.png'), 4); take(t, 5)"
     python(f"with tracker(3) as t: take(t, 4); {image.format(tmp_path)}", tmp_path)
-    starts = records(tmp_path)
+    starts = records(tmp_path / "run")
     assert len(starts) == 2
     assert len({one["run"]["run_id"] for start in starts for one in start if one["type"] == "run"}) == 1
     for start in starts:
@@ -115,7 +103,7 @@ def test_a_logged_in_machine_that_cannot_reach_wandb_writes_offline(tmp_path):
     nobody = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
     output = python("with tracker(0) as t: take(t, 1)", tmp_path, **nobody)
     assert "W&B does not answer" in output
-    assert [one["history"]["item"]["loss"] for one in records(tmp_path)[-1] if one["type"] == "history"] == [11]
+    assert [one["history"]["item"]["loss"] for one in records(tmp_path / "run")[-1] if one["type"] == "history"] == [11]
     assert "CommError" in python("tracker(0, 'online')", tmp_path, status=1, **nobody)
 
 
@@ -126,4 +114,4 @@ def test_a_log_line_and_an_error_stand_beside_the_bar_and_wandb_is_told_of_the_f
     lines = [line.split("\r")[-1].replace("\x1b[A", "").strip() for line in lines]
     assert "WARNING:root:a warning" in lines
     assert "Traceback (most recent call last):" in lines
-    assert records(tmp_path)[0][-1]["exit"]["exit_code"] == 1
+    assert records(tmp_path / "run")[0][-1]["exit"]["exit_code"] == 1
