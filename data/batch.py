@@ -38,7 +38,8 @@ class Batch:
         original_size: (n, 2) int64, height and width before resizing, after EXIF orientation.
         crop: (n, 2) int64, top and left of the crop in the resized image (SDXL, arXiv 2307.01952, section 2.2).
         fields: further per-sample values, by name: a tensor with n rows or a list of n. Encodings that were computed
-            before (data/encoded.py): "moments", "text/<i>/sequence" and "text/<i>/pooled" of the i-th text encoder.
+            before (data/encoded.py): "moments", "encoder/<i>/sequence" and "encoder/<i>/pooled" of the
+            conditioner's i-th encoder.
     """
 
     draws: Draws

@@ -4,11 +4,14 @@ In the folder of a shard's manifest lies, for an encoding `name`,
 
     encoded-<name>/<shard>.tar       <key>.moments.safetensors    mean and log variance of the latent, (2 C, H/f, W/f)
                                      <key>.flipped.safetensors    the same of the mirrored picture
-                                     <key>.text0.safetensors      of the first caption column: <i>.sequence (tokens,
-                                     ...                          width) and <i>.pooled of the i-th text encoder
+                                     <key>.image.safetensors      of the picture: <i>.sequence (tokens, width) and
+                                                                  <i>.pooled of the conditioner's i-th encoder
+                                     <key>.image_flipped.safetensors
+                                     <key>.text0.safetensors      the same of the first caption column
+                                     ...
     encoded-<name>/<shard>.parquet   a row for each manifest row: where its members lie, how its picture was cropped,
                                      or why there is nothing
-    encoded-<name>/null.safetensors  what the text encoders give for ""
+    encoded-<name>/null.safetensors  what the conditioner's encoders give for nothing
 
 The Parquet file is written last. Its metadata name what made the encoding, and the state of the shard.
 """
@@ -31,29 +34,25 @@ from torch import Tensor
 from data.buckets import Bucket
 from data.manifest import SUFFIX, Manifest, open_parquet, to_parquet, told_by
 from data.store import Store, redact
+from models.conditioner import Outputs
 
-VERSION = 1
+VERSION = 2
 MOMENTS, FLIPPED = "moments", "flipped"
+IMAGE, IMAGE_FLIPPED = "image", "image_flipped"
 Dtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
-class LatentSettings:
-    """What latents are made of.
+class CropSettings:
+    """What of pictures is encoded.
 
     Args:
-        encoder: fingerprint of the first stage.
-        channels: 2 C, of mean and log variance together.
-        downsampling: f.
         buckets: shapes that pictures are cropped to, HxW, in order.
         crop: where.
         flip: whether mirrored pictures are encoded as well.
         background: colour below transparent pixels.
     """
 
-    encoder: str
-    channels: int
-    downsampling: int
     buckets: list[str]
     crop: str
     flip: bool
@@ -61,8 +60,23 @@ class LatentSettings:
 
 
 @dataclass(frozen=True)
-class TextEncoderSettings:
-    """One text encoder: its number in the conditioner, its fingerprint, and the shape of its outputs."""
+class LatentSettings:
+    """What latents are made with.
+
+    Args:
+        encoder: fingerprint of the first stage.
+        channels: 2 C, of mean and log variance together.
+        downsampling: f.
+    """
+
+    encoder: str
+    channels: int
+    downsampling: int
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """One of the conditioner's encoders: its number there, its fingerprint, and the shape of its outputs."""
 
     number: int
     fingerprint: str
@@ -73,9 +87,9 @@ class TextEncoderSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What text embeddings are made of: the encoders, and the caption columns that they read."""
+    """What text embeddings are made with: encoders, and the caption columns that they read."""
 
-    encoders: list[TextEncoderSettings]
+    encoders: list[EncoderSettings]
     columns: list[str]
 
 
@@ -86,27 +100,43 @@ class Encoding:
     Args:
         dtype: that values are kept in.
         precision: that encoders computed in.
-        latents, text: None where there are none.
+        crops: of the pictures, where any are encoded.
+        latents, text, images: of first stage, captions' encoders and pictures' encoders; None where there are none.
     """
 
     dtype: Dtype
     precision: str
+    crops: CropSettings | None = None
     latents: LatentSettings | None = None
     text: TextSettings | None = None
+    images: list[EncoderSettings] | None = None
 
     @classmethod
-    def parse(cls, told: dict[str, Any]) -> "Encoding":
+    def parse(cls, told: Mapping[str, Any]) -> "Encoding":
         """Of what `asdict` gives."""
-        latents, text = told["latents"], told["text"]
-        if text is not None:
-            text = TextSettings([TextEncoderSettings(**one) for one in text["encoders"]], text["columns"])
-        return cls(told["dtype"], told["precision"], LatentSettings(**latents) if latents is not None else None, text)
+        crops, latents, text, images = (told[name] for name in ("crops", "latents", "text", "images"))
+        return cls(
+            told["dtype"],
+            told["precision"],
+            CropSettings(**crops) if crops is not None else None,
+            LatentSettings(**latents) if latents is not None else None,
+            TextSettings(_encoders(text["encoders"]), text["columns"]) if text is not None else None,
+            _encoders(images) if images is not None else None,
+        )
+
+    @property
+    def encoders(self) -> list[EncoderSettings]:
+        """Those of the conditioner, of captions and of pictures."""
+        return (self.text.encoders if self.text is not None else []) + (self.images or [])
 
     @property
     def members(self) -> list[str]:
         """Names of a sample's members."""
-        latents = [] if self.latents is None else [MOMENTS, FLIPPED] if self.latents.flip else [MOMENTS]
-        return latents + [text_member(i) for i in range(len(self.text.columns) if self.text is not None else 0)]
+        names = [MOMENTS, FLIPPED] if self.latents is not None else []
+        names += [IMAGE, IMAGE_FLIPPED] if self.images is not None else []
+        if self.crops is not None and not self.crops.flip:
+            names = [name for name in names if name not in (FLIPPED, IMAGE_FLIPPED)]
+        return names + [text_member(i) for i in range(len(self.text.columns) if self.text is not None else 0)]
 
     def fields(self, size: int, bucket: Bucket) -> dict[str, Tensor]:
         """Zeros in the place of `Batch.fields` that hold the encodings of `size` samples."""
@@ -116,17 +146,17 @@ class Encoding:
             f = self.latents.downsampling
             shape = (size, self.latents.channels, bucket.height // f, bucket.width // f)
             fields[MOMENTS] = torch.zeros(shape, dtype=dtype)
-        for one in self.text.encoders if self.text is not None else []:
-            fields[f"text/{one.number}/sequence"] = torch.zeros(size, one.length, one.width, dtype=dtype)
-            fields[f"text/{one.number}/pooled"] = torch.zeros(size, one.pooled_width, dtype=dtype)
+        for one in self.encoders:
+            fields[f"encoder/{one.number}/sequence"] = torch.zeros(size, one.length, one.width, dtype=dtype)
+            fields[f"encoder/{one.number}/pooled"] = torch.zeros(size, one.pooled_width, dtype=dtype)
         return fields
 
     def differs(self, wanted: "Encoding") -> str | None:
         """Why a run that would itself encode as `wanted` must not read this encoding, or None."""
-        ours, theirs = self.latents, wanted.latents
+        if self.latents is not None and wanted.latents is not None and self.latents.encoder != wanted.latents.encoder:
+            return "its latents are another first stage's (first_stage and, where weights are random, seed)"
+        ours, theirs = self.crops, wanted.crops
         if ours is not None and theirs is not None:
-            if ours.encoder != theirs.encoder:
-                return "its latents are another first stage's (first_stage and, where weights are random, seed)"
             if ours.buckets != theirs.buckets:
                 return f"its crops are {_some(ours.buckets)}, and this run's buckets are {_some(theirs.buckets)}"
             if ours.crop != theirs.crop:
@@ -136,14 +166,20 @@ class Encoding:
             if ours.background != theirs.background:
                 return f"its transparent pictures lie on {ours.background}, this run's on {theirs.background}"
         if self.text is not None and wanted.text is not None:
-            if missing := [c for c in wanted.text.columns if c not in self.text.columns]:
+            missing = [column for column in wanted.text.columns if column not in self.text.columns]
+            if missing:
                 return f"it has captions of {_some(self.text.columns)}, and this run reads {missing[0]!r}"
-            for one, other in zip(self.text.encoders, wanted.text.encoders, strict=False):
+        if self.encoders and wanted.encoders:
+            for one, other in zip(self.encoders, wanted.encoders, strict=False):
                 if one != other:
-                    return f"its text embeddings are another conditioner's: text encoder {one.number} is not the same"
-            if len(self.text.encoders) != len(wanted.text.encoders):
-                return "its text embeddings are another conditioner's, with other text encoders"
+                    return f"its embeddings are another conditioner's: encoder {one.number} is not the same"
+            if len(self.encoders) != len(wanted.encoders):
+                return "its embeddings are another conditioner's, with other encoders"
         return None
+
+
+def _encoders(told: Sequence[Mapping[str, Any]]) -> list[EncoderSettings]:
+    return [EncoderSettings(**one) for one in told]
 
 
 def _some(items: Sequence[str], most: int = 4) -> str:
@@ -206,16 +242,20 @@ def rows_hash(rows: np.ndarray) -> str:
 
 
 def write_nulls(manifests: Sequence[Manifest], name: str, nulls: Mapping[str, Tensor], store: Store) -> None:
-    """Keep the embeddings of "" in every folder of the encoding."""
+    """Keep what encoders give for nothing in every folder of the encoding."""
     content = save(dict(nulls))
     for url in sorted({_nulls_url(manifest.url, name) for manifest in manifests}):
         if not store.exists(url) or store.read_all(url) != content:
             store.write(url, content)
 
 
-def read_nulls(manifest: str, name: str, store: Store) -> dict[int, tuple[Tensor, Tensor]]:
-    """The embeddings of "" by number of the encoder: sequence (length, width) and pooled (pooled_width,)."""
-    tensors = load(store.read_all(_nulls_url(manifest, name)))
+def read_nulls(manifest: str, name: str, store: Store) -> dict[int, Outputs]:
+    """What encoders give for nothing, by number: sequence (length, width) and pooled (pooled_width,)."""
+    return outputs_of(load(store.read_all(_nulls_url(manifest, name))))
+
+
+def outputs_of(tensors: Mapping[str, Tensor]) -> dict[int, Outputs]:
+    """Encoders' outputs by number, of a member's tensors."""
     numbers = sorted({int(key.partition(".")[0]) for key in tensors})
     return {i: (tensors[f"{i}.sequence"], tensors[f"{i}.pooled"]) for i in numbers}
 
@@ -359,7 +399,7 @@ def _again(name: str, reason: str) -> str:
     )
 
 
-def encoded_texts(fields: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
-    """The text embeddings among a batch's fields, by number of the encoder: (n, length, width), (n, pooled_width)."""
-    numbers = [int(name.split("/")[1]) for name in fields if name.startswith("text/") and name.endswith("/sequence")]
-    return {i: (fields[f"text/{i}/sequence"], fields[f"text/{i}/pooled"]) for i in numbers}
+def encoder_outputs(fields: Mapping[str, Any]) -> dict[int, Outputs]:
+    """The conditioner's encoders' outputs among a batch's fields, by number: (n, length, width), (n, pooled_width)."""
+    numbers = [int(name.split("/")[1]) for name in fields if name.startswith("encoder/") and name.endswith("/pooled")]
+    return {i: (fields[f"encoder/{i}/sequence"], fields[f"encoder/{i}/pooled"]) for i in numbers}

@@ -274,11 +274,11 @@ class SliceReader(Dataset[Delivery]):
         """Fill a sample's image or its encodings; `column` is the caption column that was drawn for it."""
         encoded = source.encoded
         if encoded is not None and MOMENTS in encodings:
-            framed = _Framed(*encoded.load_latent(row.record, framing.flip, encodings[MOMENTS]))
+            framed = _Framed(*encoded.framing(row.record))
         else:
             framed = self._load_image(row, source.background, framing, image)
-        if encoded is not None and encoded.encoding.text is not None:
-            encoded.load_text(row.record, *_caption(row, column), encodings)
+        if encoded is not None:
+            encoded.load(row.record, framing.flip, *_caption(row, column), encodings)
         return framed
 
     def _load_image(self, row: _Row, background: Color, framing: Framing, out: Tensor) -> _Framed:

@@ -88,7 +88,7 @@ class TarData:
         manifest_folder: where manifests go that cannot lie beside their shards.
         cache_folder: for selections; the user's cache folder by default.
         concurrency: requests that a worker has under way at a remote store.
-        encoded: name of an encoding (`millrace encode`) to read latents, text embeddings or both from.
+        encoded: name of an encoding (`millrace encode`) to read latents, the conditioner's embeddings or both from.
     """
 
     def __init__(

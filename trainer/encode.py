@@ -8,7 +8,8 @@ where it was, and ends with the same bytes.
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,12 @@ from data.buckets import Buckets
 from data.cropped import Cropped, Cropping, read_cropped
 from data.encoded import (
     FLIPPED,
+    IMAGE,
+    IMAGE_FLIPPED,
     MOMENTS,
     Dtype,
     Encoded,
+    EncoderSettings,
     Encoding,
     read_errors,
     read_stored,
@@ -36,18 +40,18 @@ from data.encoded import (
     write_encoded,
     write_nulls,
 )
-from data.manifest import Manifest
+from data.manifest import Manifest, open_parquet
 from data.run_directory import RunDirectory, check_name
-from data.store import redact, remove_leftovers
+from data.store import Store, redact, remove_leftovers
 from data.tars import Source, TarData
 from data.tasks import Task, one_thread
 from data.tracking import job_log
 from models.conditioner import Conditioner
 from trainer.config import Config as TrainConfig
 from trainer.distributed import World, first_on_node, joined
-from trainer.encodings import encoder_settings, encoding_of, latent_settings, rows_of, with_moments
+from trainer.encodings import of_source, rows_of, wanted_encoding, with_moments
 from trainer.engines.networks import prepare_frozen
-from trainer.networks import build_conditioner
+from trainer.networks import build_conditioner, embeds_images
 from trainer.rank_progress import rank_progress
 
 # Ranks meet only at the end, some long after the others.
@@ -66,7 +70,7 @@ class EncodeConfig:
     """`encode` of conf/encode.yaml, whose comments explain the keys."""
 
     latents: bool
-    text: bool
+    conditions: bool
     dtype: Dtype
     batch: PositiveInt
     max_errors: NonNegativeFloat
@@ -89,14 +93,28 @@ def preflight(config: Any, ranks: int) -> None:
     data: TarData = build(config.data)
     if data.encoded is None:
         raise ConfigError("data.encoded must name the encoding: add data.encoded=<name>, here and in train.")
-    if not config.encode.latents and not config.encode.text:
-        raise ConfigError("encode.latents and encode.text are both false: there is nothing to encode.")
-    if not config.encode.latents:
+    latents, conditions = config.encode.latents, config.encode.conditions
+    if not latents and not conditions:
+        raise ConfigError("encode.latents and encode.conditions are both false: there is nothing to encode.")
+    embedded = embeds_images(config.conditioner)
+    if embedded and not conditions:
+        raise ConfigError(
+            "encode.conditions=false: the conditioner embeds pictures, which are not read where latents are; keep both."
+        )
+    if not latents and not embedded:
         return
     if data.crop != "center":
         raise ConfigError(
             "data.crop=random: what is encoded once has one crop; set data.crop=center here and in train."
         )
+    for name, source in data.sources.items():
+        if source.manifest == "clips":
+            raise ConfigError(
+                f"data.sources.{name}.manifest=clips: of videos nothing can be encoded yet, but their captions"
+                " (encode.latents=false)."
+            )
+    if not latents:
+        return
     with torch.device("meta"):
         f = with_moments(build(config.first_stage)).downsampling
     for bucket in build(config.buckets).shapes:
@@ -147,24 +165,26 @@ def encode(config: Any, world: World) -> None:
 
 
 def _prepare(config: Any, data: TarData, buckets: Buckets, world: World) -> tuple[dict[str, nn.Module], list[_Job]]:
-    """The encoders in place, the embeddings of "" kept, and what there is to encode."""
+    """The encoders in place, what they give for nothing kept, and what there is to encode."""
     assert data.encoded is not None
     split = first_on_node(world, lambda: data.open(buckets))
     selections = first_on_node(world, lambda: {name: data.select(name, None) for name in data.sources})
-    settings, precision = config.encode, config.engine.precision
+    settings = config.encode
     networks: dict[str, nn.Module] = {}
-    latents = encoders = None
     if settings.latents:
         with torch.device("meta"):
             networks["first_stage"] = build(config.first_stage)
-        latents = latent_settings(config, data, networks["first_stage"], world.device)
-    if settings.text:
+    if settings.conditions:
         networks["conditioner"] = build_conditioner(config.conditioner, split, world)
-        encoders = encoder_settings(networks["conditioner"])
+    encoding = wanted_encoding(
+        config, data, networks.get("first_stage"), networks.get("conditioner"), world.device, settings.dtype
+    )
+    if encoding.latents is None and not encoding.encoders:
+        raise ConfigError("encode.latents=false: the conditioner has no encoder, so that there is nothing to encode.")
     for name, network in networks.items():
-        prepare_frozen(name, network, False, precision, config.seed, world.device)
+        prepare_frozen(name, network, False, config.engine.precision, config.seed, world.device)
     jobs = [
-        _Job(manifest, rows, encoding_of(source, settings.dtype, precision, latents, encoders), source)
+        _Job(manifest, rows, of_source(encoding, source), source)
         for name, source in data.sources.items()
         for manifest, rows in zip(data.manifests(name), rows_of(selections[name]), strict=True)
         if len(rows)
@@ -174,8 +194,10 @@ def _prepare(config: Any, data: TarData, buckets: Buckets, world: World) -> tupl
         raise ConfigError(
             f"data.sources: {count} of them have the shard of {redact(url)}, which is encoded for one only."
         )
-    if world.is_main and "conditioner" in networks:
-        nulls = _encode_texts(networks["conditioner"], [""], getattr(torch, settings.dtype), trim=False)[0]
+    if encoding.crops is not None:
+        _refuse_videos(jobs, data.store)
+    if world.is_main and encoding.encoders:
+        nulls = _nulls(networks["conditioner"], getattr(torch, settings.dtype))
         write_nulls([job.manifest for job in jobs], data.encoded, nulls, data.store)
     return networks, jobs
 
@@ -200,6 +222,23 @@ def summary(data: TarData, jobs: Sequence[_Job], seconds: float) -> str:
     return "\n".join([f"{len(jobs)} shards, {samples} samples, {errors} of them with errors, {seconds:.1f} s", *shown])
 
 
+def _refuse_videos(jobs: Sequence[_Job], store: Store) -> None:
+    """Raises ValueError for a shard with videos among what is selected of it."""
+
+    def check(job: _Job) -> None:
+        with open_parquet(job.manifest.url, store) as file:
+            columns = file.read(columns=["frames", "duration"], use_threads=False)
+        moving = np.logical_or(*(columns[name].is_valid().to_numpy()[job.rows] for name in columns.column_names))
+        if count := int(moving.sum()):
+            raise ValueError(
+                f"{count} of {len(job.rows)} samples selected of {redact(job.manifest.shard)} are videos, of which"
+                " nothing can be encoded yet: leave them out with the source's where, by `duration is null`"
+            )
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(check, jobs))
+
+
 def _encode_shards(
     config: Any,
     data: TarData,
@@ -217,7 +256,7 @@ def _encode_shards(
             task.skip(len(job.rows), {_UNUSABLE: stored.errors} if stored.errors else {})
             continue
         red, green, blue = job.source.background
-        cropping = Cropping(buckets, data.flip, (red, green, blue), data.max_pixels) if config.encode.latents else None
+        cropping = Cropping(buckets, data.flip, (red, green, blue), data.max_pixels) if job.encoding.crops else None
         batch = config.encode.batch
         columns = job.encoding.text.columns if job.encoding.text is not None else []
         threads = max(1, data.workers)
@@ -237,56 +276,83 @@ def _encode_samples(
 ) -> Iterator[Encoded]:
     """The samples' encodings, in order."""
     dtype = getattr(torch, encoding.dtype)
+    conditioner = networks.get("conditioner")
+
+    def latents(images: Tensor) -> list[dict[str, Tensor]]:
+        moments = with_moments(networks["first_stage"]).moments(images.float() / 127.5 - 1).to(dtype).cpu()
+        return [{"moments": one.contiguous()} for one in moments]
+
+    def embedded(images: Tensor) -> list[dict[str, Tensor]]:
+        return _outputs(conditioner, encoding.images or [], images, dtype)
+
     for window in windows:
         members: list[dict[str, bytes]] = [{} for _ in window]
         if encoding.latents is not None:
-            _add_latents(members, window, networks["first_stage"], batch, dtype, device)
+            _add_of_pictures(members, window, (MOMENTS, FLIPPED), latents, batch, device)
+        if encoding.images is not None:
+            _add_of_pictures(members, window, (IMAGE, IMAGE_FLIPPED), embedded, batch, device)
         for number, column in enumerate(encoding.text.columns if encoding.text is not None else []):
+            assert encoding.text is not None
             told = [i for i, sample in enumerate(window) if sample.captions[column]]
             for start in range(0, len(told), batch):
                 part = told[start : start + batch]
                 captions = [window[i].captions[column] for i in part]
-                for i, tensors in zip(part, _encode_texts(networks["conditioner"], captions, dtype), strict=True):
-                    members[i][text_member(number)] = save(tensors)
+                tensors = _outputs(conditioner, encoding.text.encoders, captions, dtype)
+                for i, one in zip(part, tensors, strict=True):
+                    members[i][text_member(number)] = save(one)
         for sample, own in zip(window, members, strict=True):
             yield Encoded(sample.row, sample.key, own, sample.original_size, sample.crop, sample.error)
         task.advance(len(window), Counter(_UNUSABLE for sample in window if sample.error is not None))
 
 
-def _add_latents(
+def _add_of_pictures(
     members: list[dict[str, bytes]],
     samples: Sequence[Cropped],
-    first_stage: nn.Module,
+    names: tuple[str, str],
+    encode: Callable[[Tensor], list[dict[str, Tensor]]],
     batch: int,
-    dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Encode the pictures, those of one shape together."""
+    """Encode the pictures, those of one shape together, into members of these names: of the picture as it is, and
+    mirrored."""
     by_shape: dict[tuple[int, ...], list[tuple[int, str, Tensor]]] = {}
     for i, sample in enumerate(samples):
-        for member, image in zip((MOMENTS, FLIPPED), sample.images if sample.images is not None else [], strict=False):
-            by_shape.setdefault(tuple(image.shape), []).append((i, member, image))
+        for name, image in zip(names, sample.images if sample.images is not None else [], strict=False):
+            by_shape.setdefault(tuple(image.shape), []).append((i, name, image))
     for alike in by_shape.values():
         for start in range(0, len(alike), batch):
             part = alike[start : start + batch]
-            images = torch.stack([image for _, _, image in part]).to(device).float() / 127.5 - 1
-            moments = with_moments(first_stage).moments(images).to(dtype).cpu()
-            for (i, member, _), one in zip(part, moments, strict=True):
-                members[i][member] = save({"moments": one.contiguous()})
+            encoded = encode(torch.stack([image for _, _, image in part]).to(device))
+            for (i, name, _), tensors in zip(part, encoded, strict=True):
+                members[i][name] = save(tensors)
+
+
+def _outputs(
+    conditioner: nn.Module | None,
+    encoders: Sequence[EncoderSettings],
+    inputs: Sequence[str] | Tensor,
+    dtype: torch.dtype,
+) -> list[dict[str, Tensor]]:
+    """What the encoders give for each input, without the zeros at a sequence's end."""
+    assert isinstance(conditioner, Conditioner)
+    found: list[dict[str, Tensor]] = [{} for _ in inputs]
+    for one in encoders:
+        sequences, pooled = (output.to(dtype).cpu() for output in conditioner.numbered()[one.number](inputs))
+        for tensors, sequence, vector in zip(found, sequences, pooled, strict=True):
+            length = int(sequence.any(dim=1).nonzero().max()) + 1 if sequence.any() else len(sequence)
+            # Copies: safetensors takes no two tensors of one memory, as an image's token and pooled vector are.
+            tensors[f"{one.number}.sequence"] = sequence[:length].clone()
+            tensors[f"{one.number}.pooled"] = vector.clone()
+    return found
 
 
 @torch.no_grad()
-def _encode_texts(
-    conditioner: nn.Module, captions: Sequence[str], dtype: torch.dtype, trim: bool = True
-) -> list[dict[str, Tensor]]:
-    """What each text encoder gives for each caption; without the zeros at a sequence's end if `trim`."""
+def _nulls(conditioner: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the encoders give for nothing."""
     assert isinstance(conditioner, Conditioner)
-    encoders: dict[int, Any] = dict(enumerate(conditioner.encoder_modules))
-    found: list[dict[str, Tensor]] = [{} for _ in captions]
+    found = {}
     for number in conditioner.stored:
-        sequences, pooled = (output.to(dtype).cpu() for output in encoders[number](captions))
-        for tensors, sequence, vector in zip(found, sequences, pooled, strict=True):
-            length = int(sequence.any(dim=1).nonzero().max()) + 1 if trim and sequence.any() else len(sequence)
-            tensors[f"{number}.sequence"] = sequence[:length].contiguous()
-            tensors[f"{number}.pooled"] = vector.contiguous()
+        sequence, pooled = conditioner.numbered()[number].null()
+        found[f"{number}.sequence"] = sequence[0].to(dtype).cpu().contiguous()
+        found[f"{number}.pooled"] = pooled[0].to(dtype).cpu().contiguous()
     return found

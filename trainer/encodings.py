@@ -12,9 +12,11 @@ from conf.errors import ConfigError
 from conf.schema import build
 from data.buckets import Buckets
 from data.encoded import (
+    CropSettings,
+    Dtype,
+    EncoderSettings,
     Encoding,
     LatentSettings,
-    TextEncoderSettings,
     TextSettings,
     check_encoded,
     read_nulls,
@@ -51,7 +53,7 @@ def use_encodings(config: Any, data: TarData, networks: dict[str, nn.Module], wo
         raise found[0]
     data.encodings = found[0]
     conditioner = networks.get("conditioner")
-    if data.encoding is None or data.encoding.text is None or config.samples.every is not None:
+    if data.encoding is None or not data.encoding.encoders or config.samples.every is not None:
         return {}
     assert isinstance(conditioner, Conditioner) and data.encoded is not None
     first = data.manifests(next(iter(data.sources)))[0]
@@ -62,31 +64,32 @@ def _checked(config: Any, data: TarData, networks: dict[str, nn.Module], device:
     """The encoding of each source."""
     assert data.encoded is not None
     selections = {name: data.select(name, None) for name in data.sources}
-    parts = _parts_there(data, selections)
-    latents = latent_settings(config, data, networks["first_stage"], device) if "latents" in parts else None
-    encoders = encoder_settings(networks["conditioner"]) if "text" in parts else None
-    precision = config.engine.precision
+    latents, conditions = _parts_there(data, selections)
+    conditioner = networks["conditioner"]
+    if latents and not conditions and isinstance(conditioner, Conditioner) and conditioner.reads_images:
+        raise ValueError(
+            f"data.encoded={data.encoded} holds latents alone, in the place of pictures, which this run's conditioner"
+            " embeds: encode again, with encode.conditions=true"
+        )
+    wanted = wanted_encoding(
+        config, data, networks["first_stage"] if latents else None, conditioner if conditions else None, device
+    )
     return {
         name: check_encoded(
-            data.manifests(name),
-            rows_of(selections[name]),
-            data.encoded,
-            encoding_of(source, "bfloat16", precision, latents, encoders),
-            data.store,
+            data.manifests(name), rows_of(selections[name]), data.encoded, of_source(wanted, source), data.store
         )
         for name, source in data.sources.items()
     }
 
 
-def _parts_there(data: TarData, selections: dict[str, Selection]) -> set[str]:
-    """Which of latents and texts the first shard that has any sample holds: others are held against these."""
+def _parts_there(data: TarData, selections: dict[str, Selection]) -> tuple[bool, bool]:
+    """Whether the first shard that has any sample holds latents, and embeddings: others are held against these."""
     for name, selection in selections.items():
         for manifest, rows in zip(data.manifests(name), rows_of(selection), strict=True):
             stored = read_stored(manifest, data.encoded or "", data.store) if len(rows) else None
             if stored is not None:
-                there = {"latents": stored.encoding.latents, "text": stored.encoding.text}
-                return {part for part, settings in there.items() if settings is not None}
-    return set()
+                return stored.encoding.latents is not None, bool(stored.encoding.encoders)
+    return False, False
 
 
 def rows_of(selection: Selection) -> list[np.ndarray]:
@@ -95,23 +98,69 @@ def rows_of(selection: Selection) -> list[np.ndarray]:
     return [selection.row[offsets[i] : offsets[i + 1]] for i in range(len(selection.shards))]
 
 
-def latent_settings(config: Any, data: TarData, first_stage: nn.Module, device: torch.device) -> LatentSettings:
-    """What the run's latents are made of; its sources' backgrounds are to be filled in.
+def wanted_encoding(
+    config: Any,
+    data: TarData,
+    first_stage: nn.Module | None,
+    conditioner: nn.Module | None,
+    device: torch.device,
+    dtype: Dtype = "bfloat16",
+) -> Encoding:
+    """What the run's encoders make of its data, but for what differs between sources; see `of_source`.
+
+    Args:
+        first_stage: None leaves latents out.
+        conditioner: None leaves its encoders out.
 
     Raises:
         ConfigError: the first stage has no latents to keep.
     """
-    first_stage = with_moments(first_stage)
-    buckets: Buckets = build(config.buckets)
-    return LatentSettings(
-        encoder=first_stage.fingerprint(config.seed, device),
-        channels=2 * first_stage.channels,
-        downsampling=first_stage.downsampling,
-        buckets=[str(bucket) for bucket in buckets.shapes],
-        crop=data.crop,
-        flip=data.flip,
-        background=[],
+    latents, captions, images = None, [], []
+    if first_stage is not None:
+        stage = with_moments(first_stage)
+        latents = LatentSettings(stage.fingerprint(config.seed, device), 2 * stage.channels, stage.downsampling)
+    if conditioner is not None:
+        assert isinstance(conditioner, Conditioner)
+        captions = _encoder_settings(conditioner, "captions")
+        images = _encoder_settings(conditioner, "images")
+    crops = None
+    if latents is not None or images:
+        buckets: Buckets = build(config.buckets)
+        crops = CropSettings([str(bucket) for bucket in buckets.shapes], data.crop, data.flip, background=[])
+    return Encoding(
+        dtype=dtype,
+        precision=config.engine.precision,
+        crops=crops,
+        latents=latents,
+        text=TextSettings(captions, columns=[]) if captions else None,
+        images=images or None,
     )
+
+
+def of_source(encoding: Encoding, source: Source) -> Encoding:
+    """The encoding of one source."""
+    crops, text = encoding.crops, encoding.text
+    return replace(
+        encoding,
+        crops=replace(crops, background=list(source.background)) if crops is not None else None,
+        text=replace(text, columns=list(source.captions)) if text is not None else None,
+    )
+
+
+def _encoder_settings(conditioner: Conditioner, reads: str) -> list[EncoderSettings]:
+    """The encoders that read captions, or images, and of which there is something to keep."""
+    encoders = conditioner.numbered()
+    return [
+        EncoderSettings(
+            number=i,
+            fingerprint=encoders[i].fingerprint(),
+            length=encoders[i].length,
+            width=encoders[i].width,
+            pooled_width=encoders[i].pooled_width,
+        )
+        for i in conditioner.stored
+        if encoders[i].reads == reads
+    ]
 
 
 def with_moments(first_stage: nn.Module) -> KLFirstStage:
@@ -124,35 +173,3 @@ def with_moments(first_stage: nn.Module) -> KLFirstStage:
         kind = type(first_stage).__name__
         raise ConfigError(f"first_stage: {kind} has no latents to keep; take another, or set encode.latents=false.")
     return first_stage
-
-
-def encoder_settings(conditioner: nn.Module) -> list[TextEncoderSettings]:
-    """The text encoders of which there is something to keep."""
-    assert isinstance(conditioner, Conditioner)
-    encoders: dict[int, Any] = dict(enumerate(conditioner.encoder_modules))
-    return [
-        TextEncoderSettings(
-            number=i,
-            fingerprint=encoders[i].fingerprint(),
-            length=encoders[i].length,
-            width=encoders[i].width,
-            pooled_width=encoders[i].pooled_width,
-        )
-        for i in conditioner.stored
-    ]
-
-
-def encoding_of(
-    source: Source,
-    dtype: Any,
-    precision: str,
-    latents: LatentSettings | None,
-    encoders: list[TextEncoderSettings] | None,
-) -> Encoding:
-    """The encoding of one source."""
-    return Encoding(
-        dtype=dtype,
-        precision=precision,
-        latents=replace(latents, background=list(source.background)) if latents is not None else None,
-        text=TextSettings(encoders, list(source.captions)) if encoders is not None else None,
-    )

@@ -78,6 +78,12 @@ def _learns(config: Any) -> bool:
     return "captions" in inspect.signature(target(config["_target_"], "conditioner")).parameters
 
 
+def embeds_images(config: Any) -> bool:
+    """Whether the conditioner has an encoder that reads pictures."""
+    classes = [target(node["_target_"], "conditioner.encoders") for node in config.get("encoders", [])]
+    return any(getattr(kind, "reads", None) == "images" for kind in classes)
+
+
 def build_conditioner(config: Any, split: TarSplit, world: World) -> Any:
     """The conditioner; one that learns does so on the main rank, and is loaded by the others afterwards."""
     extra = {"captions": lambda: split.captions(_CAPTIONS)} if _learns(config) else {}

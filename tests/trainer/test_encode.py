@@ -3,9 +3,11 @@
 import io
 import multiprocessing
 import random
+import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,20 +32,18 @@ from trainer.train import train
 
 WORDS = ["red", "green", "blue", "small", "large", "circle", "square", "left", "right", "above"]
 STEPS = 10
-# Both jobs take these: a latent first stage, text, several buckets, two caption columns, flips and dropout.
+# Both jobs take these: a latent first stage, several buckets, two caption columns, flips and dropout ...
 BASE = [
-    *("first_stage=kl_tiny", "conditioner=t5_local", "conditioner.length=12", "conditioner.width=32", "log.wandb=null"),
-    *("conditioner.vocab_size=64", "conditioner.steps=3", "engine.precision=fp32", "data.workers=0"),
+    *("first_stage=kl_tiny", "engine.precision=fp32", "data.workers=0", "log.wandb=null"),
     *("buckets=tiny", "buckets.sizes=[[32,32],[24,40],[40,24]]", "data.crop=center", "data.flip=true"),
     *("data.sources.s.caption={caption: 1.0, other: 1.0}", "data.holdout=0.1"),
     *("objective.caption_dropout=0.3", f"steps={STEPS}", f"validation.every={STEPS}", "validation.samples=6"),
-    *(
-        "model.patch_size=2",
-        "model.in_channels=4",
-        "model.out_channels=4",
-        "model.joint_attention_dim=32",
-        "model.pooled_projection_dim=32",
-    ),
+    *("model.patch_size=2", "model.in_channels=4", "model.out_channels=4"),
+]
+# ... and text.
+TEXT = [
+    *("conditioner=t5_local", "conditioner.length=12", "conditioner.width=32", "conditioner.vocab_size=64"),
+    *("conditioner.steps=3", "model.joint_attention_dim=32", "model.pooled_projection_dim=32"),
 ]
 
 
@@ -75,8 +75,11 @@ def write_shards(folder: Path, shards: int = 2, size: int = 24, bad: tuple[int, 
 
 
 def overrides(folder: Path, *more: str) -> list[str]:
-    places = [f"runs={folder}/runs", f"data.cache_folder={folder}/cache", f"conditioner.folder={folder}/text_encoder"]
-    return [*BASE, *places, f"data.sources.s.shards={folder}/shards", *more]
+    return [*BASE, *TEXT, *places(folder), f"conditioner.folder={folder}/text_encoder", *more]
+
+
+def places(folder: Path) -> list[str]:
+    return [f"runs={folder}/runs", f"data.cache_folder={folder}/cache", f"data.sources.s.shards={folder}/shards"]
 
 
 def encode_on(world: int, folder: Path, *more: str) -> None:
@@ -225,7 +228,7 @@ def test_another_configuration_is_refused_in_a_sentence(folder):
     assert "another first stage" in refusal("seed=1")
     assert "its crops are 32x32, 24x40, 40x24, and this run's buckets are 32x32" in refusal("buckets.sizes=[[32,32]]")
     assert "data.crop=center, and this run has data.crop=random" in refusal("data.crop=random")
-    assert "another conditioner's: text encoder 0" in refusal("conditioner.length=10")
+    assert "another conditioner's: encoder 0" in refusal("conditioner.length=10")
     assert "this run reads 'key'" in refusal("data.sources.s.caption=key")
     assert "00000.tar is not encoded" in refusal("data.encoded=nowhere")
     assert not (folder / "runs/refused/checkpoints").exists()
@@ -233,7 +236,7 @@ def test_another_configuration_is_refused_in_a_sentence(folder):
 
 def test_what_is_selected_must_be_encoded_and_what_changed_is_encoded_again(tmp_path, folder):
     write_shards(tmp_path)
-    text = [f"conditioner.folder={folder}/text_encoder", "data.encoded=some", "encode.text=false"]
+    text = [f"conditioner.folder={folder}/text_encoder", "data.encoded=some", "encode.conditions=false"]
     small = "data.sources.s.where=width < 60"
     encode_on(1, tmp_path, *text, small, "data.flip=false")
     arguments = [*SMALL, *overrides(tmp_path, *text[:2], "name=run", "steps=1", "validation.every=null")]
@@ -254,41 +257,70 @@ def test_what_is_selected_must_be_encoded_and_what_changed_is_encoded_again(tmp_
 def test_a_picture_that_cannot_be_decoded_is_replaced_as_on_the_fly(tmp_path, folder):
     write_shards(tmp_path, bad=(4, 9))
     text = (f"conditioner.folder={folder}/text_encoder", "steps=4")
-    encode_on(1, tmp_path, *text, "data.encoded=latents", "encode.text=false", "encode.dtype=float32")
+    encode_on(1, tmp_path, *text, "data.encoded=latents", "encode.conditions=false", "encode.dtype=float32")
     assert "0004" not in samples(tmp_path, "latents") and len(samples(tmp_path, "latents")) == 46
     fly = trained(1, tmp_path, "fly", *text, "batch=16")
     assert trained(1, tmp_path, "encoded", *text, "batch=16", "data.encoded=latents") == pytest.approx(fly, rel=1e-5)
     quarantined = [read_jsonl(tmp_path / "runs" / name / "quarantine.jsonl") for name in ("fly", "encoded")]
     assert quarantined[0] == quarantined[1]
     assert {line["key"] for line in quarantined[0]} <= {"0004", "0009"} and quarantined[0]
-    strict = overrides(tmp_path, *text, "data.encoded=strict", "encode.text=false", "encode.max_errors=0.05")
+    strict = overrides(tmp_path, *text, "data.encoded=strict", "encode.conditions=false", "encode.max_errors=0.05")
     (refused,) = ranks(1).run(encode_here, strict)
     assert refused.startswith("2 of 24 samples") and "'0004': cannot decode image" in refused
     assert list(encoded_folder(tmp_path, "strict").glob("*")) == []
 
 
-def test_killed_at_any_moment_and_run_again_it_gives_the_same_bytes(tmp_path, folder):
-    write_shards(tmp_path, shards=6, size=12)
-    arguments = overrides(tmp_path, f"conditioner.folder={folder}/text_encoder", "encode.batch=1")
+def encode_as(rank: int, world: int, rendezvous: str, arguments: list[str]) -> None:
+    """The job as one of the ranks of a process group of its own."""
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world)
+    assert encode_here(arguments) == ""
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def started(world: int, rendezvous: Path, arguments: list[str]) -> list[Any]:
+    """The job's processes."""
     context = multiprocessing.get_context("forkserver")
-    first = context.Process(target=encode_here, args=([*arguments, "data.encoded=once"],))
-    first.start()
-    rng, killed = random.Random(0), encoded_folder(tmp_path, "killed")
-    for reached in (2, 5, 8):  # files, those under way included
-        process = context.Process(target=encode_here, args=([*arguments, "data.encoded=killed"],))
+    processes = [
+        context.Process(target=encode_as, args=(rank, world, str(rendezvous), arguments)) for rank in range(world)
+    ]
+    for process in processes:
         process.start()
-        while process.is_alive() and not (killed.exists() and len(list(killed.iterdir())) >= reached):
+    return processes
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(tmp_path, folder):
+    """Ranks are killed one after the other, each at a moment of its own; other numbers of ranks go on."""
+    write_shards(tmp_path, shards=8, size=12)
+    arguments = overrides(tmp_path, f"conditioner.folder={folder}/text_encoder", "encode.batch=1")
+    (only,) = started(1, tmp_path / "once", [*arguments, "data.encoded=once"])
+    only.join()
+    expected = files(tmp_path, "once")
+    assert only.exitcode == 0 and len(expected) == 17
+    rng, killed, kills = random.Random(0), encoded_folder(tmp_path, "killed"), 0
+    for attempt, world in enumerate((1, 2, 2, 1)):
+        there = len(list(killed.iterdir())) if killed.exists() else 0
+        goal = there + rng.randint(1, 4)  # files, those under way included
+        processes = started(world, tmp_path / f"rendezvous{attempt}", [*arguments, "data.encoded=killed"])
+        while any(p.is_alive() for p in processes) and not (killed.exists() and len(list(killed.iterdir())) >= goal):
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        process.join()
-        assert len(list(killed.iterdir())) < 13, "killed too late to tell anything"
-    last = context.Process(target=encode_here, args=([*arguments, "data.encoded=killed"],))
-    last.start()
-    for process in (first, last):
+        for process in rng.sample(processes, world):
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+        for process in processes:
+            process.join()
+            kills += process.exitcode == -signal.SIGKILL
+        for path in killed.iterdir():
+            if path.name in expected:
+                assert path.read_bytes() == expected[path.name], path.name  # whole, whatever the moment
+    assert kills >= 5, "killed too late to tell anything"
+    last = started(2, tmp_path / "rendezvous", [*arguments, "data.encoded=killed"])
+    for process in last:
         process.join()
         assert process.exitcode == 0
-    assert files(tmp_path, "killed") == files(tmp_path, "once") and len(files(tmp_path, "once")) == 13
+    assert files(tmp_path, "killed") == expected
 
 
 @pytest.mark.parametrize(
@@ -297,7 +329,7 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_bytes(tmp_path, fo
         ((), "data.encoded must name"),
         (("data.encoded=x", "data.crop=random"), "data.crop=random"),
         (("data.encoded=x", "first_stage=identity"), "first_stage: Identity has no latents"),
-        (("data.encoded=x", "encode.latents=false", "encode.text=false"), "nothing to encode"),
+        (("data.encoded=x", "encode.latents=false", "encode.conditions=false"), "nothing to encode"),
         (("data.encoded=x", "buckets.sizes=[[30,32]]"), "30x32 is no multiple of 4"),
         (("data.encoded=a/b",), "data.encoded='a/b'"),
     ],

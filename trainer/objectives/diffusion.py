@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.buckets import Bucket
-from data.encoded import MOMENTS, encoded_texts
+from data.encoded import MOMENTS, encoder_outputs
 from models.guidance import Guidance
 from models.process import Process
 from models.samplers import Sampler
@@ -96,7 +96,7 @@ class Diffusion(Objective):
         keep = torch.ones(len(batch), encoders, dtype=torch.bool)
         if dropout:
             keep = batch.draws.uniform("caption dropout", (encoders,)) >= torch.tensor(self._rates(encoders))
-        return conditioner(batch.captions, keep, encoded=encoded_texts(batch.fields), images=batch.images)
+        return conditioner(batch.captions, keep, encoded=encoder_outputs(batch.fields), images=batch.images)
 
     def check_encoders(self, encoders: int) -> None:
         """Refuse dropout rates for another number of encoders."""
