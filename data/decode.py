@@ -21,7 +21,6 @@ MAX_PIXELS = 100_000_000  # 300 MB of RGB; medium-format photographs pass, 30,00
 _FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _EXIF_ORIENTATION = 0x0112
 _EXIF_MARK = b"Exif\x00\x00"
-_HEADER_BYTES = 1 << 18  # where a JPEG's EXIF block is looked for; it stands at the start
 
 # Our own limit, checked on the header of every image, replaces Pillow's, which cannot be set for a single call.
 Image.MAX_IMAGE_PIXELS = None
@@ -104,10 +103,25 @@ def _scale_factor(height: int, width: int, rows: int, columns: int) -> int:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    if data.find(_EXIF_MARK, 0, _HEADER_BYTES) < 0:  # most training images; spares Pillow's parsing
+    if not _has_exif(data):  # most training images; spares Pillow's parsing
         return 1
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return _orientation(image)
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether one of a JPEG's segments (ITU T.81, annex B.1.1) before its first scan is an EXIF block. Searching all of
+    its bytes would take a twentieth of the time of decoding them."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
+        marker = data[place + 1]
+        if marker == 0xE1 and data.startswith(_EXIF_MARK, place + 4):
+            return True
+        if marker == 0xDA:  # start of scan
+            break
+        # A marker may have more bytes of 0xff before it.
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
 
 
 def _orientation(image: Image.Image) -> int:

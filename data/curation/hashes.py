@@ -20,6 +20,7 @@ class ContentHash(Filter):
 
     name = "content_hash"
     media: ClassVar = "any"
+    batched: ClassVar = True
     columns = pa.schema({"content_hash": pa.binary(16)})
 
     def settings(self) -> dict[str, Any]:

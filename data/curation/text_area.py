@@ -42,4 +42,4 @@ def covered(quads: np.ndarray, size: tuple[int, int]) -> float:
     mask = np.zeros(size, np.uint8)
     for quad in np.rint(quads).astype(np.int32):
         cv2.fillConvexPoly(mask, quad, 1)
-    return float(mask.mean())
+    return cv2.countNonZero(mask) / mask.size

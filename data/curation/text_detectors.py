@@ -63,22 +63,24 @@ class Components(TextDetector):
 
 def _shapes(difference: np.ndarray, grey: np.ndarray, edges: np.ndarray, contrast: int) -> np.ndarray:
     """(N, 6): left, top, width, height, brightness and stroke of connected shapes that may be letters."""
-    mask = (difference > contrast // 3).astype(np.uint8)
+    _, mask = cv2.threshold(difference, contrast // 3, 1, cv2.THRESH_BINARY)
     count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask, connectivity=8, ltype=cv2.CV_32S)
     _, _, width, height, area = boxes.T
-    inside = (height >= 7) & (height <= grey.shape[0] / 3) & (area >= 12)
-    shaped = (width <= 3 * height) & (12 * width >= height) & (area > 0.12 * width * height)
+    candidate = (height >= 7) & (height <= grey.shape[0] / 3) & (area >= 12)
+    candidate &= (width <= 3 * height) & (12 * width >= height) & (area > 0.12 * width * height)
+    candidate[0] = False  # the ground
     depth = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
-    pixels = np.flatnonzero(mask)
-    owner = labels.ravel()[pixels]
+    pixels = np.flatnonzero(mask.view(bool))
+    owner = labels.ravel()[pixels].astype(np.intp)
 
-    def mean(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
-        return np.bincount(owner, values, count) / np.maximum(np.bincount(owner, minlength=count), 1)
+    def sums(values: np.ndarray, part: np.ndarray) -> np.ndarray:
+        return np.bincount(owner[part], values.ravel()[pixels[part]], count)
 
-    rim = depth.ravel()[pixels] < 1.5
-    sharp = mean(edges.ravel()[pixels][rim], owner[rim]) > contrast
-    chosen = np.flatnonzero(inside & shaped & sharp & (np.arange(count) > 0))
-    brightness, stroke = mean(grey.ravel()[pixels], owner)[chosen], mean(depth.ravel()[pixels], owner)[chosen]
+    rim = np.flatnonzero(candidate[owner] & (depth.ravel()[pixels] < 1.5))
+    sharp = sums(edges, rim) > contrast * np.bincount(owner[rim], minlength=count)
+    candidate &= sharp
+    inside, chosen = np.flatnonzero(candidate[owner]), np.flatnonzero(candidate)
+    brightness, stroke = (sums(values, inside)[chosen] / area[chosen] for values in (grey, depth))
     return np.column_stack([boxes[chosen, :4], brightness, stroke])
 
 
@@ -96,11 +98,11 @@ def _rows(shapes: np.ndarray) -> np.ndarray:
     sets.join(zip(*(places.tolist() for places in np.nonzero(beside & alike)), strict=True))
     rows = []
     firsts = sets.firsts()
-    for first in np.unique(firsts):
+    for first in np.flatnonzero(np.bincount(firsts, minlength=1) >= 3):
         x, y, w, h = shapes[firsts == first, :4].T
         box = x.min(), y.min(), (x + w).max(), (y + h).max()
         tall = box[3] - box[1]
-        if len(x) >= 3 and tall < 2 * h.max() and box[2] - box[0] > 1.5 * tall:
+        if tall < 2 * h.max() and box[2] - box[0] > 1.5 * tall:
             rows.append(box)
     return np.array(rows).reshape(-1, 4)
 

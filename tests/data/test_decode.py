@@ -82,6 +82,18 @@ def test_jpeg_equals_pillow(mode):
     assert np.abs(decode_image(data).pixels - pillow).max() <= 2  # both are libjpeg-turbo, of different versions
 
 
+def test_exif_is_found_behind_other_segments_and_only_there():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(smooth(40, 56)), "JPEG", exif=exif)
+    comment = b"\xff\xff\xff\xfe" + (600).to_bytes(2, "big") + b"\xff\xda" + bytes(596)
+    behind = data[:2] + comment + data[2:]
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(behind))))
+    assert np.abs(decode_image(behind).pixels.astype(int) - upright).max() <= 2
+    plain = encode(Image.fromarray(smooth(40, 56)), "JPEG")
+    assert decode_image(plain + data).pixels.shape[:2] == (40, 56)
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(form, orientation):
