@@ -8,6 +8,7 @@ from typing import Any
 
 from tools.study.analyses.base import Analysis
 from tools.study.measure import Measure
+from tools.study.results import COUNTED
 from tools.study.stages import Evaluation, Preparation
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -64,9 +65,10 @@ class Study:
         seeds: every combination runs once with each.
         measure: numbers to take from each run, by name. Beside them every run has `parameters`, `steps`, `samples`,
             `flops` (counted, of the training until then) and `hours`.
+        settings: numbers to take from each run's configuration, by name: {lr: schedule.lr}.
         analyses: what to make of the numbers, by name.
         when: further overrides of some combinations.
-        leave_out: combinations that are not run.
+        leave_out: combinations that are not run; `seed` stands among the axes here.
         held_out: labels by axis of the runs that start only after the analyses, from the other runs, have written down
             their predictions.
         prepare: makes data that all runs share, before the first.
@@ -83,6 +85,7 @@ class Study:
     seeds: list[int]
     measure: dict[str, Measure]
     analyses: dict[str, Analysis]
+    settings: dict[str, str] = field(default_factory=dict)
     when: list[When] = field(default_factory=list)
     leave_out: list[dict[str, list[str]]] = field(default_factory=list)
     held_out: dict[str, list[str]] = field(default_factory=dict)
@@ -100,14 +103,14 @@ class Study:
             for label in options:
                 if not _LABEL.fullmatch(label):
                     raise ValueError(f"axes.{axis} has the label {label!r}: it takes letters, digits, . _ + -")
-        named = [("held_out", self.held_out)]
-        named += [(f"when[{i}].at", when.at) for i, when in enumerate(self.when)]
-        named += [(f"leave_out[{i}]", labels) for i, labels in enumerate(self.leave_out)]
-        for where, at in named:
+        seeds: dict[str, list[str]] = {str(seed): [] for seed in self.seeds}
+        named = [("held_out", self.held_out, entries)]
+        named += [(f"when[{i}].at", when.at, entries) for i, when in enumerate(self.when)]
+        named += [(f"leave_out[{i}]", at, entries | {"seed": seeds}) for i, at in enumerate(self.leave_out)]
+        for where, at, known in named:
             for axis, labels in at.items():
-                unknown = [label for label in labels if label not in entries.get(axis, ())]
-                if axis not in entries or unknown:
-                    raise ValueError(f"{where} names {axis}={labels}, which the axes do not have: {_told(entries)}")
+                if axis not in known or not {*labels} <= {*known[axis]}:
+                    raise ValueError(f"{where} names {axis}={labels}, which the axes do not have: {_told(known)}")
         names = [point.name for point in self.points()]
         for name in names:
             if name in RESERVED or names.count(name) > 1:
@@ -120,6 +123,11 @@ class Study:
             for axis, values in self.axes.items()
         }
 
+    def columns(self) -> list[str]:
+        """Numbers that every finished run has."""
+        evaluated = self.evaluate.columns if self.evaluate is not None else ()
+        return [*COUNTED, *self.settings, *self.measure, *evaluated]
+
     def points(self) -> list[Point]:
         """All runs, in the order of the axes, seeds last."""
         return list(self._points())
@@ -128,12 +136,12 @@ class Study:
         entries = self.entries()
         for chosen in product(*entries.values()):
             labels = dict(zip(entries, chosen, strict=True))
-            if any(When(at, []).fits(labels) for at in self.leave_out):
-                continue
             overrides = [override for axis, label in labels.items() for override in entries[axis][label]]
             overrides += [override for when in self.when if when.fits(labels) for override in when.overrides]
             held_out = bool(self.held_out) and When(self.held_out, []).fits(labels)
             for seed in self.seeds:
+                if any(When(at, []).fits(labels | {"seed": str(seed)}) for at in self.leave_out):
+                    continue
                 name = "_".join([*labels.values(), f"seed{seed}"])
                 yield Point(name, labels, seed, [*self.base, *overrides, f"seed={seed}"], held_out)
 

@@ -16,7 +16,7 @@ from tools.study.design import Study
 from tools.study.pool import Outcome, Pool
 from tools.study.prediction import fix_predictions
 from tools.study.report import log_to_wandb, overview, write_report
-from tools.study.results import COUNTED, Result
+from tools.study.results import Result
 from tools.study.runs import StudyRun, compose_runs, hours_of
 from tools.study.sheet import Sheet, Table, figures
 
@@ -64,6 +64,9 @@ def run(config: Any) -> None:
     if held_out and config.stage in ("all", "held_out"):
         reasons |= start(held_out, config)
     if config.stage in ("all", "analysis"):
+        if study.evaluate is not None:
+            for run in runs:
+                run.evaluate(study.evaluate)
         results = _results(study, runs, reasons)
         sheets = analyse(study, folder, results)
         page = write_report(study.name, folder, results, sheets)
@@ -142,12 +145,12 @@ def _hours(flops: float, flops_per_s: float | None) -> str:
 
 
 def _results(study: Study, runs: Sequence[StudyRun], reasons: dict[str, str]) -> list[Result]:
-    return [run.result(study.measure, reasons.get(run.point.name)) for run in runs]
+    return [run.result(study, reasons.get(run.point.name)) for run in runs]
 
 
 def _check_analyses(study: Study) -> None:
     for name, analysis in study.analyses.items():
         try:
-            analysis.check(study.entries(), (*COUNTED, *study.measure))
+            analysis.check(study.entries(), study.columns())
         except ValueError as error:
             raise ConfigError(f"study.analyses.{name}: {error}") from error

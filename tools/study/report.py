@@ -14,7 +14,7 @@ from tools.study.sheet import Sheet, figures
 
 def overview(results: Sequence[Result], folder: Path) -> Sheet:
     """The table of all runs, and the reasons of those that are not finished."""
-    sheet = Sheet("Runs", folder)
+    sheet = Sheet("runs", folder)
     names = columns(results)
     axes = list(results[0].labels)
     rows = [
@@ -45,7 +45,7 @@ def write_report(name: str, folder: Path, results: Sequence[Result], sheets: Seq
         for table in sheet.tables:
             (tables / f"{table.name}.md").write_text(table.markdown())
             (tables / f"{table.name}.tex").write_text(table.latex())
-    found = {sheet.title: {"verdicts": sheet.verdicts, **sheet.numbers} for sheet in sheets}
+    found = {sheet.name: {"verdicts": sheet.verdicts, **sheet.numbers} for sheet in sheets}
     (folder / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
     return page.write(out)
 
@@ -59,7 +59,7 @@ def log_to_wandb(config: Any, study: str, results: Sequence[Result], sheets: Seq
     if config.log.wandb is None:
         return
     directory = RunDirectory(str(Path(config.runs).parent), study)
-    verdicts = {sheet.title: sheet.verdicts for sheet in sheets}
+    verdicts = {sheet.name: sheet.verdicts for sheet in sheets}
     names = columns(results)
     rows = [[r.name, *r.labels.values(), r.seed, r.state, *(r.values.get(n) for n in names)] for r in results]
     with RunLog(directory, {"verdicts": verdicts}, WandbConfig(**config.log.wandb), name=f"{study} analysis") as log:

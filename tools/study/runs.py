@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import yaml
@@ -16,11 +17,12 @@ from conf.secrets import without_secrets
 from data.run_directory import read_jsonl, saved_step
 from tools.study.cost import Cost, cost_of
 from tools.study.design import Point, Study
-from tools.study.measure import Measure
 from tools.study.pool import Command
 from tools.study.results import Result
+from tools.study.stages import Evaluation
 from trainer.config import Config, preflight
 
+EVALUATION = "evaluation.jsonl"
 State = Literal["finished", "begun", "new"]
 # Keys that may differ between a run and what it would be composed of now: they do not change what it ends with.
 _FREE = ("runs", "cluster", "log", "checkpoint", "samples", "device", "threads", "hang_timeout", "rehearse")
@@ -69,10 +71,24 @@ class StudyRun:
         removed = not any((self.folder / "checkpoints").glob("step_*"))
         return "finished" if self.steps_taken == self.config.steps and (saved or removed) else "begun"
 
-    def result(self, measures: Mapping[str, Measure], reason: str | None = None) -> Result:
+    def evaluation(self) -> list[dict[str, Any]]:
+        """Rows of its evaluation; none before there was one."""
+        file = self.folder / EVALUATION
+        return read_jsonl(file) if file.exists() else []
+
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Evaluate the run, unless that was done: the rows appear all at once."""
+        file = self.folder / EVALUATION
+        if self.state == "finished" and not file.exists():
+            scratch = file.with_suffix(".tmp")
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in evaluation.evaluate(self.folder)))
+            scratch.replace(file)
+
+    def result(self, study: Study, reason: str | None = None) -> Result:
         """The run's row.
 
         Args:
+            study: that it belongs to.
             reason: why it failed, where it did.
         """
         rows, state = self.rows(), self.state
@@ -82,16 +98,18 @@ class StudyRun:
             "samples": self.cost.samples,
             "flops": self.cost.flops,
         }
+        values |= {name: float(OmegaConf.select(self.config, key)) for name, key in study.settings.items()}
         if rows:
             values["hours"] = hours_of(rows)
-        values |= {name: value for name, measure in measures.items() if (value := measure.of(rows)) is not None}
+        values |= {name: value for name, measure in study.measure.items() if (value := measure.of(rows)) is not None}
         told = {"finished": "finished", "new": "not started"}.get(
             state, f"{self.steps_taken} of {self.config.steps} steps taken"
         )
         if state != "finished" and reason:
             told = f"failed: {reason}"
-        point, file = self.point, self.folder / "evaluation.jsonl"
-        settings = read_jsonl(file) if file.exists() else []
+        point, settings = self.point, self.evaluation()
+        if study.evaluate is not None and settings:
+            values |= {name: fmean(row[name] for row in settings) for name in study.evaluate.columns}
         return Result(point.name, point.labels, point.seed, point.held_out, told, self.folder, values, settings)
 
 
@@ -128,11 +146,19 @@ def _compose_run(study: Study, point: Point, folder: Path, further: Sequence[str
         check(config, Config)
         preflight(config, config.cluster.get("processes", 1))
         cost = cost_of(config)
+        _check_settings(study, config)
     except ConfigError as error:
         raise ConfigError(f"run {point.name}: {error}") from error
     run = StudyRun(point, overrides, folder / point.name, config, cost)
     _check_same(run)
     return run
+
+
+def _check_settings(study: Study, config: Any) -> None:
+    for name, key in study.settings.items():
+        value = OmegaConf.select(config, key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"study.settings.{name} names {key!r}, which is {value!r}: it takes keys of numbers")
 
 
 def _check_same(run: StudyRun) -> None:

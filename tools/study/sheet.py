@@ -55,11 +55,11 @@ class Sheet:
     """Collects what one analysis found.
 
     Args:
-        title: of its section.
+        name: of the analysis; begins the names of its files.
         folder: of the study.
     """
 
-    title: str
+    name: str
     folder: Path
     verdicts: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Sheet:
 
     def write(self, page: Page) -> None:
         """Append the section to a page."""
-        page.heading(self.title)
+        page.heading(self.name.replace("_", " "))
         for sentence in self.verdicts:
             page.paragraph(sentence)
         for part in self._parts:

@@ -14,7 +14,13 @@ class Preparation(Protocol):
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """Measures a trained run."""
+    """Measures a trained run.
+
+    Attributes:
+        columns: numbers in every row; their means over the rows are columns of the study.
+    """
+
+    columns: tuple[str, ...]
 
     def evaluate(self, run: Path) -> list[dict[str, float | str]]:
         """Rows of settings and numbers of a finished run, for instance one for each sampler. They are kept in the run's

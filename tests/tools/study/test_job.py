@@ -86,7 +86,7 @@ def test_runs_are_made_once_and_those_that_fail_are_listed_with_reasons(folder, 
 
 @pytest.mark.slow
 def test_a_study_killed_in_mid_run_goes_on_where_it_was(folder):
-    command = arguments(folder, "killed", "parallel=2", "overrides=steps=60 checkpoint.every=100000")
+    command = arguments(folder, "killed", "parallel=2", "overrides=steps=40 checkpoint.every=100000")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     start = [sys.executable, "-P", "-m", "tools.cli", *command]
     runs = [folder / "runs" / "killed" / name for name in ("w32_low_seed0", "w64_low_seed0")]
@@ -106,8 +106,8 @@ def test_a_study_killed_in_mid_run_goes_on_where_it_was(folder):
 
     assert subprocess.run(start, env=environment, capture_output=True, text=True).returncode == 0
     for run in runs:
-        assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 61))
-    state = json.loads((folder / "runs" / "killed" / "analysis.json").read_text())["Runs"]["verdicts"]
+        assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 41))
+    state = json.loads((folder / "runs" / "killed" / "analysis.json").read_text())["runs"]["verdicts"]
     assert state == ["2 of 2 runs are finished."]
 
 

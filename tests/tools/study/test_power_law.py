@@ -1,0 +1,102 @@
+"""The fit against laws that we know, and its intervals against how often they hold."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.optimize import minimize
+
+from tools.study.analyses.power_law import Fit, PowerLaw, fit, replicate
+
+COMPUTE = 1e11 * 2.5 ** np.arange(6)
+LAW = PowerLaw(0.05, np.array([0.1 * 1e12**0.3]), np.array([0.3]))
+
+
+def runs(rng: np.random.Generator, sigma: float, tau: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three seeds of each size."""
+    sizes = np.repeat(np.arange(6), 3)
+    x = COMPUTE[sizes][:, None]
+    noise = tau * rng.standard_normal(6)[sizes] + sigma * rng.standard_normal(18)
+    return x, LAW(x) * np.exp(noise), sizes
+
+
+def test_a_law_without_noise_is_found_exactly():
+    x, losses, sizes = runs(np.random.default_rng(0), sigma=0.0)
+    law = fit(x, losses, sizes).law
+    np.testing.assert_allclose(
+        [law.floor, law.factors[0], law.exponents[0]], [LAW.floor, LAW.factors[0], 0.3], rtol=1e-4
+    )
+
+
+def test_a_law_of_parameters_and_data_is_found_as_hoffmann_et_al_have_it():
+    # Their law (arXiv 2203.15556, eq. 10), with their constants.
+    chinchilla = PowerLaw(1.69, np.array([406.4, 410.7]), np.array([0.34, 0.28]))
+    n, d = np.meshgrid(np.geomspace(5e7, 1.6e10, 8), np.geomspace(5e9, 5e11, 8))
+    x = np.column_stack([n.ravel(), d.ravel()])
+    law = fit(x, chinchilla(x), np.arange(len(x))).law
+    np.testing.assert_allclose(law.exponents, chinchilla.exponents, rtol=1e-3)
+    np.testing.assert_allclose(law.floor, 1.69, rtol=1e-3)
+
+
+def test_a_loss_that_went_wrong_hardly_moves_the_law():
+    x, losses, sizes = runs(np.random.default_rng(1), sigma=0.001)
+    honest = fit(x, losses, sizes).law
+    spoiled = losses.copy()
+    spoiled[7] *= 1.5
+    robust, squares = fit(x, spoiled, sizes).law, fit(x, spoiled, sizes, huber=10.0).law
+    far = COMPUTE[-1:, None] * 2.5
+    assert abs(robust(far) / honest(far) - 1) < 0.005 < abs(squares(far) / honest(far) - 1)
+
+
+def test_no_other_optimizer_finds_a_better_fit():
+    x, losses, sizes = runs(np.random.default_rng(2), sigma=0.01)
+    z, delta = np.log(x[:, 0] / 1e12), 1e-3
+
+    def huber(theta):
+        r = np.abs(np.log(np.exp(theta[0]) + np.exp(theta[1] - theta[2] * z)) - np.log(losses))
+        return np.where(r <= delta, r**2 / 2, delta * (r - delta / 2)).sum()
+
+    law = fit(x, losses, sizes, delta).law
+    ours = huber([np.log(law.floor), np.log(law.factors[0] * 1e12 ** -law.exponents[0]), law.exponents[0]])
+    starts = [(e, a, b) for e in (-5, -3, -2.8) for a in (-3, -2) for b in (0.1, 0.3, 0.8)]
+    theirs = min(minimize(huber, start, method="Nelder-Mead", options={"maxfev": 4000}).fun for start in starts)
+    assert ours <= theirs * (1 + 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tau", [0.0, 0.004])
+def test_intervals_hold_as_often_as_they_say(tau):
+    rng = np.random.default_rng(3)
+    larger = COMPUTE[-1:] * 2.5
+    inside, covered, studies = 0, 0, 30
+    for study in range(studies):
+        x, losses, sizes = runs(rng, sigma=0.007, tau=tau)
+        replicates = replicate(fit(x, losses, sizes, huber=0.02), 100, study)
+        low, high = replicates.run(larger, 0.9)
+        ended = LAW(larger[None])[0] * np.exp(np.hypot(tau, 0.007) * rng.standard_normal())
+        inside += low <= ended <= high
+        low, high = replicates.exponents(0.9)[:, 0]
+        covered += low <= 0.3 <= high
+    # Nine in ten: fewer than these come about once in a thousand times.
+    least = stats.binom.ppf(0.001, studies, 0.9)
+    assert inside >= least and covered >= least
+
+
+def test_where_the_law_is_known_the_interval_is_that_of_the_noise():
+    # With very many runs only the noise of the new one is left: +-1.645 sigma.
+    rng = np.random.default_rng(4)
+    x = np.repeat(np.geomspace(1e11, 1e13, 40), 20)[:, None]
+    losses = LAW(x) * np.exp(0.01 * rng.standard_normal(len(x)))
+    replicates = replicate(fit(x, losses, np.repeat(np.arange(40), 20), huber=0.05), 400)
+    low, high = replicates.run(np.array([2e12]), 0.9)
+    assert (high - low) / 2 / LAW(np.array([[2e12]]))[0] == pytest.approx(1.645 * 0.01, rel=0.12)
+    assert replicates.sigma == pytest.approx(0.01, rel=0.1) and replicates.tau < 0.003
+
+
+def test_too_few_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"3 parameters .* 2 sizes"):
+        fit(np.array([[1.0], [1.0], [2.0]]), np.array([3.0, 3.1, 2.0]), [0, 0, 1])
+
+
+def test_residuals_are_those_of_the_logarithm():
+    x = np.array([[1e12]])
+    np.testing.assert_allclose(Fit(LAW, x, LAW(x) * 1.1, np.array([0]), 1e-3).residuals, np.log(1.1))
