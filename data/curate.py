@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -55,7 +54,7 @@ class Config:
         side: pixels; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as both sides are at least this.
         batch: samples that filters get at a time.
         max_errors: share of a shard's samples that a filter may fail on.
-        report: a folder for a page about what the filters found; null: none.
+        report: a folder, or URL of one, for a page about what the filters found; null: none. No single task writes it.
         funnel: whose `where` clause the page follows.
         store: where the shards lie.
         name: of the run, which writes what it tells of itself to <runs>/<name>.
@@ -114,6 +113,10 @@ def run(config: Config) -> None:
         if not filters and not config.report:
             raise ConfigError("no filters and no report: choose some with filter=[sharpness,...]")
         store = build(config.store)
+        if config.report and not store.writable(f"{config.report}/index.html"):
+            raise ConfigError(
+                f"report={redact(config.report)} cannot be written: name a folder, or one of an object store"
+            )
         manifests = ensure_indexed(store.expand(patterns), store, config.manifest_folder)
         if config.manifest == "clips":
             manifests = ensure_clips(manifests, store)
@@ -128,7 +131,7 @@ def run(config: Config) -> None:
             report.show(log, page.parent, sum(manifest.rows for manifest in manifests))
     print(summary(manifests, scored, time.perf_counter() - started))
     if page is not None:
-        print(f"report: {page}")
+        print(f"report: {redact(page)}")
 
 
 def curate(
@@ -165,13 +168,12 @@ def curate(
     local = [f for f in filters if isinstance(f, Filter)]
     due = _due(manifests, local, store, settings)
     if any(shard.filters for shard in due):
-        rows = [manifest.rows for manifest in manifests]
-        totals = [sum(rows[task :: tasks.tasks]) for task in range(tasks.tasks)]
-        run_tasks(partial(_score_shards, manifests, local, due, store, settings), tasks, totals, "curate", log)
+        work = partial(_score_shards, manifests, local, due, store, settings)
+        run_tasks(work, tasks, tasks.totals([manifest.rows for manifest in manifests]), "curate", log)
     if tasks.task is None:
         for one in filters:
             if isinstance(one, GlobalFilter):
-                score_everywhere(one, manifests, store)
+                score_everywhere(one, manifests, store, tasks.tasks)
     return {f.name: [read_scored(m, f.name, store) for m in manifests] for f in filters}
 
 

@@ -163,9 +163,7 @@ class Job:
         When all shards are finished, `sizes.json` (open_clip, datacomp) tells how many samples each of them has.
         """
         remove_leftovers(self.out)
-        sizes = self.order.sizes()
-        totals = [sum(sizes[i :: tasks.tasks]) for i in range(tasks.tasks)]
-        shared = run_tasks(partial(_work, self), tasks, totals, "pack", log)
+        shared = run_tasks(partial(_work, self), tasks, tasks.totals(self.order.sizes()), "pack", log)
         reports = sorted((report for reports in shared for report in reports), key=lambda report: report.name)
         if tasks.task is None:
             everything: list[Report | None] = list(reports)

@@ -56,6 +56,10 @@ class Tasks:
         """The part of a run that this command is, if it is not the whole of it."""
         return None if self.task is None else f"task_{self.task}"
 
+    def totals(self, samples: Sequence[int]) -> list[int]:
+        """Samples of each task, of items of so many."""
+        return [sum(samples[task :: self.tasks]) for task in range(self.tasks)]
+
 
 @dataclass(frozen=True)
 class Task:

@@ -171,5 +171,10 @@ class GlobalFilter(_Columns):
     needs: Sequence[str]
 
     @abstractmethod
-    def score_all(self, shards: Sequence[ShardColumns]) -> Iterator[pa.Table]:
-        """For each shard, in order, a table of `columns` with a row for each of its samples."""
+    def score_all(self, shards: Sequence[ShardColumns], tasks: int = 1) -> Iterator[pa.Table]:
+        """For each shard, in order, a table of `columns` with a row for each of its samples.
+
+        Args:
+            shards: all there are; picklable.
+            tasks: processes to share the work (see `data.tasks`), on which the result does not depend.
+        """

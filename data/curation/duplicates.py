@@ -1,6 +1,8 @@
 """Groups of samples that are the same, or look the same."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,12 @@ import pyarrow as pa
 
 from data.curation.base import GlobalFilter, ShardColumns
 from data.curation.groups import connect, gather, rank_groups
-from data.curation.hamming import near_pairs
+from data.curation.hamming import HammingIndex
+from data.curation.scratch import scratch_folder
+from data.store import cache_root
+from data.tasks import Task, Tasks, run_tasks
+
+_HASH, _WINDOWS = "phash", "phash_windows"
 
 
 class Duplicates(GlobalFilter):
@@ -28,25 +35,27 @@ class Duplicates(GlobalFilter):
     Args:
         distance: bits in which perceptual hashes may differ; null: only equal files are duplicates.
         best: the column whose largest value is best; null: the most pixels. Ties go to more pixels, then to the first.
+        scratch: folder for an index of the hashes, some 36 bytes a sample; the user's cache folder if null.
     """
 
     name = "duplicates"
     version = 2
     columns = pa.schema({"duplicate_group": pa.int64(), "duplicate_rank": pa.uint32()})
 
-    def __init__(self, distance: int | None = 8, best: str | None = None) -> None:
+    def __init__(self, distance: int | None = 8, best: str | None = None, scratch: str | None = None) -> None:
         if distance is not None and not 0 <= distance < 32:
             raise ValueError(f"distance={distance} must be 0 to 31 bits, or null")
-        self.distance, self.best = distance, best
-        perceptual = ("phash", "phash_windows") if distance is not None else ()
+        self.distance, self.best, self.scratch = distance, best, scratch
+        perceptual = (_HASH, _WINDOWS) if distance is not None else ()
         self.needs = ("content_hash", *perceptual, "width", "height", *((best,) if best else ()))
 
     def settings(self) -> dict[str, Any]:
         return {"distance": self.distance, "best": self.best}
 
-    def score_all(self, shards: Sequence[ShardColumns]) -> Iterator[pa.Table]:
-        tables = [shard.read(self.needs) for shard in shards]
-        table = pa.concat_tables(tables, promote_options="permissive")
+    def score_all(self, shards: Sequence[ShardColumns], tasks: int = 1) -> Iterator[pa.Table]:
+        starts = np.cumsum([0, *(shard.rows for shard in shards)]).tolist()
+        read = [column for column in self.needs if column != _WINDOWS]
+        table = pa.concat_tables([shard.read(read) for shard in shards], promote_options="permissive")
         order = [_numbers(table["width"]) * _numbers(table["height"])]
         if self.best is not None:
             kind = table[self.best].type
@@ -56,15 +65,19 @@ class Duplicates(GlobalFilter):
         first = np.arange(table.num_rows)
         connect(first, *_equal(table["content_hash"]))
         if self.distance is not None:
-            connect(first, *_equal(table["phash"]))
-            pairs = list(_alike(table["phash"], table["phash_windows"], self.distance))
-            first = gather(first, order, *(np.concatenate(side) for side in zip(*pairs, strict=True)))
+            connect(first, *_equal(table[_HASH]))
+            with scratch_folder(cache_root(self.scratch), self.name) as folder:
+                _write_index(folder, table[_HASH], first, self.distance)
+                del table
+                shared = Tasks(tasks)
+                work = partial(_search, folder, shards, starts)
+                run_tasks(work, shared, shared.totals([shard.rows for shard in shards]), self.name)
+                pairs = np.concatenate([np.load(folder / f"pairs-{i}.npy") for i in range(len(shards))])
+            first = gather(first, order, *np.divmod(pairs, len(first)))
         groups = rank_groups(first, order)
         found = pa.table([pa.array(groups.first, mask=groups.alone), pa.array(groups.rank)], list(self.columns.names))
-        start = 0
-        for shard in shards:
+        for start, shard in zip(starts, shards, strict=False):
             yield found.slice(start, shard.rows)
-            start += shard.rows
 
 
 def _equal(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,18 +88,35 @@ def _equal(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return order[same], order[same + 1]
 
 
-def _alike(hashes: pa.ChunkedArray, windows: pa.ChunkedArray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of samples of which one's hash is near the other's, or near that of a window into the other; one sample
-    stands for all that have its hash."""
+def _write_index(folder: Path, hashes: pa.ChunkedArray, first: np.ndarray, distance: int) -> None:
+    """Index the distinct hashes. Of each one the first sample of its group, and of each sample, are told."""
     hashed = np.flatnonzero(hashes.is_valid().to_numpy())
     distinct, places = np.unique(hashes.drop_null().to_numpy(), return_index=True)
-    first = hashed[places]
-    for a, b in near_pairs(distinct, distinct, distance):
-        yield first[a][a < b], first[b][a < b]
-    listed = windows.combine_chunks()
-    owner = np.repeat(np.arange(len(listed)), listed.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
-    for a, b in near_pairs(listed.flatten().to_numpy(), distinct, distance):
-        yield owner[a], first[b]
+    HammingIndex(distinct, distance).save(folder)
+    np.save(folder / "first-of-hash.npy", first[hashed[places]])
+    np.save(folder / "first.npy", first)
+
+
+def _search(folder: Path, shards: Sequence[ShardColumns], starts: Sequence[int], task: Task) -> None:
+    """Write which groups are alike: a hash of one's member, or of a window into it, is near that of one of the other.
+    A pair of groups is written as a number, its first samples' a * N + b. A task's share are its shards' samples."""
+    index = HammingIndex.load(folder)
+    first, first_of_hash = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("first", "first-of-hash"))
+    for i in task.own(range(len(shards))):
+        table = shards[i].read([_HASH, _WINDOWS])
+        own = table[_HASH].combine_chunks()
+        windows = table[_WINDOWS].combine_chunks()
+        counts = windows.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        rows = np.concatenate([np.flatnonzero(own.is_valid()), np.repeat(np.arange(len(windows)), counts)])
+        queries = np.concatenate([own.drop_null().to_numpy(), windows.flatten().to_numpy()])
+        owners = np.asarray(first[starts[i] : starts[i + 1]])[rows]
+        found: list[np.ndarray] = [np.zeros(0, np.int64)]
+        for query, near in index.search(queries):
+            group, other = owners[query], first_of_hash[near]
+            apart = group != other
+            found.append(np.unique(group[apart] * len(first) + other[apart]))  # below 2**63
+        np.save(folder / f"pairs-{i}.npy", np.unique(np.concatenate(found)))
+        task.advance(shards[i].rows)
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

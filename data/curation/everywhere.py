@@ -44,8 +44,8 @@ class Columns:
         return pa.table({c: found.get(c, pa.nulls(self.rows)) for c in columns})
 
 
-def score_everywhere(one: GlobalFilter, manifests: Sequence[Manifest], store: Store) -> None:
-    """Bring the score files of a global filter up to date, in all shards.
+def score_everywhere(one: GlobalFilter, manifests: Sequence[Manifest], store: Store, tasks: int = 1) -> None:
+    """Bring the score files of a global filter up to date, in all shards, with the help of so many processes.
 
     Raises:
         ConfigError: a column that it needs is nowhere.
@@ -58,7 +58,7 @@ def score_everywhere(one: GlobalFilter, manifests: Sequence[Manifest], store: St
     due = [found is None or found.recipe != recipe for found in scored]
     if not any(due):
         return
-    tables = one.score_all([Columns(manifest, store, filters) for manifest in manifests])
+    tables = one.score_all([Columns(manifest, store, filters) for manifest in manifests], tasks)
     for manifest, is_due, table in zip(manifests, due, tables, strict=True):
         if is_due:
             write_scores(manifest, one.name, table.cast(one.columns), store, recipe)

@@ -87,16 +87,16 @@ def gather(first: np.ndarray, keys: Sequence[np.ndarray], a: np.ndarray, b: np.n
     place[_best_first(keys, count)] = np.arange(count)
     best = place.copy()
     np.minimum.at(best, first, place)
-    pairs = np.stack([first[a], first[b]], 1)
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    pairs = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
-    groups, starts = np.unique(pairs[:, 0], return_index=True)
-    ends = np.append(starts[1:], len(pairs))
+    a, b = first[a], first[b]
+    a, b = a[a != b], b[a != b]
+    left, right = np.divmod(np.unique(np.concatenate([a * count + b, b * count + a])), count)  # below 2**63
+    groups, starts = np.unique(left, return_index=True)
+    ends = np.append(starts[1:], len(left))
     center = np.arange(count)
     free = np.ones(count, bool)
     for i in np.argsort(best[groups]):
         if free[groups[i]]:
-            alike = pairs[starts[i] : ends[i], 1]
+            alike = right[starts[i] : ends[i]]
             taken = alike[free[alike]]
             center[taken] = groups[i]
             free[taken] = free[groups[i]] = False

@@ -124,7 +124,8 @@ class EmbeddingHead(GlobalFilter):
     def settings(self) -> dict[str, Any]:
         return {"embedding": self.needs[0], **self.head.settings()}
 
-    def score_all(self, shards: Sequence[ShardColumns]) -> Iterator[pa.Table]:
+    def score_all(self, shards: Sequence[ShardColumns], tasks: int = 1) -> Iterator[pa.Table]:
+        """See `GlobalFilter`. One process does it all: it takes little more than reading the embeddings."""
         for shard in shards:
             present, vectors = vectors_of(shard.read(self.needs)[self.needs[0]])
             if len(vectors) and vectors.shape[1] != self.head.width:

@@ -4,24 +4,20 @@ The embeddings of all shards go to a file of N rows in a scratch folder, and fro
 memory are the samples that k-means is fitted to, one cluster per task, and a few numbers per sample.
 """
 
-import os
-import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 
 from data.curation.base import GlobalFilter, ShardColumns
 from data.curation.embeddings import vectors_of
 from data.curation.groups import connect, rank_groups
+from data.curation.scratch import scratch_folder
 from data.store import cache_root
 from data.tasks import Task, Tasks, run_tasks
 
@@ -52,7 +48,6 @@ class SemanticDuplicates(GlobalFilter):
         training: samples per cluster that k-means is fitted to, drawn evenly from all.
         iterations: of k-means.
         seed: of the draw and of k-means.
-        tasks: processes that share the shards, and the clusters. The result does not depend on it.
         scratch: folder for the file of embeddings, 2 bytes a number; the user's cache folder if null.
     """
 
@@ -69,7 +64,6 @@ class SemanticDuplicates(GlobalFilter):
         training: int = 64,
         iterations: int = 20,
         seed: int = 0,
-        tasks: int = 1,
         scratch: str | None = None,
     ) -> None:
         if not -1 <= threshold < 1:
@@ -78,14 +72,14 @@ class SemanticDuplicates(GlobalFilter):
             raise ValueError(f"{clusters=}, {probes=}, {training=} and {iterations=} must be at least 1")
         self.embedding, self.threshold, self.best = embedding, threshold, best
         self.clusters, self.probes, self.training, self.iterations = clusters, probes, training, iterations
-        self.seed, self.tasks, self.scratch = seed, Tasks(tasks), scratch
+        self.seed, self.scratch = seed, scratch
         self.needs = (embedding, best) if best is not None else (embedding,)
 
     def settings(self) -> dict[str, Any]:
         names = ("embedding", "threshold", "best", "clusters", "probes", "training", "iterations", "seed")
         return {name: getattr(self, name) for name in names}
 
-    def score_all(self, shards: Sequence[ShardColumns]) -> Iterator[pa.Table]:
+    def score_all(self, shards: Sequence[ShardColumns], tasks: int = 1) -> Iterator[pa.Table]:
         starts = np.cumsum([0, *(shard.rows for shard in shards)])
         width = _width(shards, self.embedding)
         if width is None:
@@ -93,29 +87,30 @@ class SemanticDuplicates(GlobalFilter):
                 empty = [pa.nulls(shard.rows, kind) for kind in self.columns.types]
                 yield pa.Table.from_arrays(empty, schema=self.columns)
             return
-        with _scratch_folder(cache_root(self.scratch)) as folder:
+        with scratch_folder(cache_root(self.scratch), self.name) as folder:
             vectors = _Vectors(folder, int(starts[-1]), width)
             vectors.create()
-            self._run(partial(_collect, vectors, shards, starts, self.embedding), np.diff(starts), "embeddings")
-            clusters = self._fit(vectors)
-            blocks = np.diff([*range(0, vectors.rows, BLOCK), vectors.rows])
+            rows = [shard.rows for shard in shards]
+            self._run(partial(_collect, vectors, shards, starts, self.embedding), rows, tasks, "embeddings")
+            clusters = self._fit(vectors, tasks)
+            blocks = np.diff([*range(0, vectors.rows, BLOCK), vectors.rows]).tolist()
             nearest = min(self.probes, clusters)
             vectors.array("nearest", np.int32, nearest, mode="w+")
-            self._run(partial(_assign, vectors, nearest), blocks, "clusters")
+            self._run(partial(_assign, vectors, nearest), blocks, tasks, "clusters")
             sizes = _sort_by_cluster(vectors, clusters, nearest)
-            self._run(partial(_search, vectors, nearest, self.threshold), sizes, "pairs")
+            self._run(partial(_search, vectors, nearest, self.threshold), sizes.tolist(), tasks, "pairs")
             first = np.arange(vectors.rows)
             for links in sorted(folder.glob("links-*.npy")):
                 connect(first, *np.load(links))
             cluster = np.array(vectors.array("nearest", np.int32, nearest)[:, 0])
         yield from self._tables(shards, starts, first, cluster)
 
-    def _run(self, work: Any, samples: np.ndarray, what: str) -> None:
+    def _run(self, work: Any, samples: Sequence[int], tasks: int, what: str) -> None:
         """Work on items of so many samples each, shared by the tasks."""
-        totals = [int(samples[task :: self.tasks.tasks].sum()) for task in range(self.tasks.tasks)]
-        run_tasks(work, self.tasks, totals, f"{self.name}: {what}")
+        shared = Tasks(tasks)
+        run_tasks(work, shared, shared.totals(samples), f"{self.name}: {what}")
 
-    def _fit(self, vectors: "_Vectors") -> int:
+    def _fit(self, vectors: "_Vectors", threads: int) -> int:
         """Fit k-means to a draw of the samples, which is the same on every machine; returns the number of clusters."""
         import faiss
 
@@ -132,7 +127,7 @@ class SemanticDuplicates(GlobalFilter):
             min_points_per_centroid=1,
             max_points_per_centroid=count,
         )
-        with _threads(self.tasks.tasks):
+        with _threads(threads):
             means.train(vectors.read(chosen))
         np.save(vectors.folder / "centroids.npy", np.asarray(means.centroids))
         return clusters
@@ -296,15 +291,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
-
-
-@contextmanager
-def _scratch_folder(root: Path) -> Iterator[Path]:
-    """A folder that is removed in the end; those that killed processes of this machine left are removed now."""
-    root.mkdir(parents=True, exist_ok=True)
-    prefix = f"semantic-{platform.node()}-"
-    for left in root.glob(f"{prefix}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(prefix).partition("-")[0])):
-            shutil.rmtree(left, ignore_errors=True)
-    with TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=root) as folder:
-        yield Path(folder)

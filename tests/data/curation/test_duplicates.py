@@ -14,7 +14,7 @@ from shard_files import write_tar
 from data.curate import curate
 from data.curation.duplicates import Duplicates
 from data.curation.groups import DisjointSets, gather, rank_groups
-from data.curation.hamming import near_pairs
+from data.curation.hamming import BITS, HammingIndex, choose_chunks
 from data.curation.hashes import ContentHash, PerceptualHash
 from data.index import ensure_indexed
 from data.scores import score_url
@@ -37,18 +37,35 @@ def test_a_picture_without_structure_has_no_hash():
     assert PerceptualHash().score([media(blank)]) == [{}]
 
 
+def flipped(hashes: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Hashes with up to so many of their bits flipped."""
+    order = np.argsort(rng.random((len(hashes), BITS)), axis=1)
+    chosen = np.arange(BITS) < rng.integers(most + 1, size=(len(hashes), 1))
+    return hashes ^ np.bitwise_or.reduce(chosen * (np.uint64(1) << order.astype(np.uint64)), axis=1)
+
+
 @pytest.mark.parametrize("distance", [0, 1, 5, 8, 11])
-def test_near_hashes_are_found_as_by_comparing_all(distance):
+@pytest.mark.parametrize("count", [0, 1, 300, 20_000])
+def test_near_hashes_are_found_as_by_comparing_all(tmp_path, monkeypatch, distance, count):
+    monkeypatch.setattr("data.curation.hamming.CANDIDATES", 5000)
     rng = np.random.default_rng(distance)
-    hashes = rng.integers(0, 1 << 63, 300, dtype=np.uint64)
-    queries = np.concatenate([hashes[:100], rng.integers(0, 1 << 63, 100, dtype=np.uint64)])
-    for i in range(100):  # flip up to 14 bits
-        for bit in rng.choice(64, rng.integers(15), replace=False):
-            queries[i] ^= np.uint64(1) << np.uint64(bit)
+    hashes = rng.integers(0, 1 << 64, count, dtype=np.uint64)
+    hashes[count // 2 :] &= np.uint64(0xFFFF0F0F0000FFFF)  # as pictures' hashes, which are not spread evenly
+    queries = np.concatenate([flipped(hashes[:200], 14, rng), rng.integers(0, 1 << 64, 50, dtype=np.uint64)])
     expected = np.argwhere(np.bitwise_count(queries[:, None] ^ hashes[None]) <= distance)
-    found = {pair for a, b in near_pairs(queries, hashes, distance) for pair in zip(a, b, strict=True)}
-    assert found == set(map(tuple, expected.tolist()))
-    assert len(found) > 0
+    index = HammingIndex(hashes, distance)
+    index.save(tmp_path)
+    for one in (index, HammingIndex.load(tmp_path)):
+        found = {pair for a, b in one.search(queries) for pair in zip(a.tolist(), b.tolist(), strict=True)}
+        assert found == set(map(tuple, expected.tolist()))
+    assert len(expected) > 0 or count < 2
+
+
+def test_a_search_compares_few_and_the_fewer_the_more_there_are():
+    for count, share in ((10**5, 1 / 300), (10**7, 1 / 2_500)):
+        chunks = choose_chunks(count, 8)
+        assert sum(chunk.probes / 2**chunk.width for chunk in chunks) < share
+        assert sum(chunk.radius + 1 for chunk in chunks) == 9  # the pigeonhole principle
 
 
 def test_groups_are_connected_and_ranked():

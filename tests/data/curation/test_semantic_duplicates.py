@@ -1,5 +1,6 @@
 """Semantic duplicates: against brute force, against planted groups, and however the work is cut."""
 
+import platform
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from data.index import ensure_indexed
 from data.manifest import Manifest
 from data.scores import score_url, write_scores
 from data.store import Store
+from data.tasks import Tasks
 
 WIDTH = 32
 
@@ -192,7 +194,7 @@ def write_shards(folder: Path, vectors: np.ndarray, shards: int) -> list[Manifes
 def test_the_job_shares_clusters_over_tasks_redoes_what_changed_and_cleans_up(tmp_path):
     vectors = planted(600)[0]
     manifests, scratch = write_shards(tmp_path / "data", vectors, 3), tmp_path / "scratch"
-    left = scratch / f"semantic-{semantic_duplicates.platform.node()}-4194305-killed"
+    left = scratch / f"semantic_duplicates-{platform.node()}-4194305-killed"
     left.mkdir(parents=True)
     options = {"clusters": 12, "iterations": 5, "scratch": str(scratch)}
 
@@ -204,7 +206,7 @@ def test_the_job_shares_clusters_over_tasks_redoes_what_changed_and_cleans_up(tm
     assert list(scratch.iterdir()) == []
     for m in manifests:
         Path(score_url(m.url, "semantic_duplicates")).unlink()
-    curate(manifests, [SemanticDuplicates(**options, tasks=2)], Store())
+    curate(manifests, [SemanticDuplicates(**options)], Store(), tasks=Tasks(2))
     assert scores() == alone
     curate(manifests, [SemanticDuplicates(**options, threshold=0.9)], Store())
     assert scores() != alone
