@@ -15,6 +15,7 @@ A clip's row has the members and the JSON fields of its video, and
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
@@ -54,7 +55,8 @@ def ensure_clips(manifests: Sequence[Manifest], store: Store) -> list[Manifest]:
         ValueError: cuts were not looked for in a shard as it is now.
         StoreError: the store fails.
     """
-    return [_up_to_date(manifest, store) for manifest in manifests]
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda manifest: _up_to_date(manifest, store), manifests))
 
 
 def _up_to_date(manifest: Manifest, store: Store) -> Manifest:

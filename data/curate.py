@@ -127,8 +127,8 @@ def run(config: Config) -> None:
         if config.report and tasks.task is None:
             with mistakes():
                 report = make_report(manifests, store, config.funnel.where)
-            page = report.write(Path(config.report))
-            report.show(log, page.parent, sum(manifest.rows for manifest in manifests))
+            page = report.write(config.report, store)
+            report.show(log, sum(manifest.rows for manifest in manifests))
     print(summary(manifests, scored, time.perf_counter() - started))
     if page is not None:
         print(f"report: {redact(page)}")

@@ -4,9 +4,9 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from data.store import Store, remove_leftovers
 from data.tracking import RunLog
 
 STYLE = """
@@ -56,25 +56,31 @@ class Page:
         self._markdown.append(f"![{caption}](pictures/{name}.png)\n\n{caption}")
         self._pictures[name] = png, caption
 
-    def write(self, folder: Path) -> Path:
-        """Write `index.html`, `report.md` and the pictures; returns the page's path."""
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        for name, (png, _) in self._pictures.items():
-            (folder / "pictures" / f"{name}.png").write_bytes(png)
-        (folder / "report.md").write_text("\n\n".join(self._markdown) + "\n")
-        (folder / "index.html").write_text(document(self.title, self._html))
-        return folder / "index.html"
-
-    def show(self, log: RunLog, folder: Path, at: int) -> None:
-        """Show the pictures, and the tables that have names, in W&B, at a place of the log's axis.
+    def write(self, folder: str, store: Store) -> str:
+        """Write `report.md`, the pictures, and last `index.html`, each whole or not at all; returns the page's URL.
 
         Args:
-            folder: that the page was written to.
+            folder: for them, or a URL of one.
+            store: where it lies.
+
+        Raises:
+            StoreError: the store fails.
         """
+        folder = folder.rstrip("/")
+        for inside in (folder, f"{folder}/pictures"):
+            remove_leftovers(inside)
+        for name, (png, _) in self._pictures.items():
+            store.write(f"{folder}/pictures/{name}.png", png)
+        store.write(f"{folder}/report.md", ("\n\n".join(self._markdown) + "\n").encode())
+        store.write(f"{folder}/index.html", document(self.title, self._html).encode())
+        return f"{folder}/index.html"
+
+    def show(self, log: RunLog, at: int) -> None:
+        """Show the pictures, and the tables that have names, in W&B, at a place of the log's axis."""
         for name, (header, *rows) in self._tables.items():
             log.log_table(f"report/{name}", header, rows, at)
-        for name, (_, caption) in self._pictures.items():
-            log.log_image(f"report/{name}", folder / "pictures" / f"{name}.png", at, caption)
+        for name, (png, caption) in self._pictures.items():
+            log.log_image(f"report/{name}", png, at, caption)
 
 
 def document(title: str, parts: Sequence[str]) -> str:
@@ -87,8 +93,8 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 def figure_of(png: bytes, caption: str) -> str:
     """HTML of a picture with its caption; the PNG travels inside the page."""
-    data = base64.b64encode(png).decode()
-    return f"<figure><img src='data:image/png;base64,{data}'><figcaption>{html.escape(caption)}</figcaption></figure>"
+    data, text = base64.b64encode(png).decode(), html.escape(caption)
+    return f"<figure><img src='data:image/png;base64,{data}' alt='{text}'><figcaption>{text}</figcaption></figure>"
 
 
 def axes() -> tuple[Any, Any]:

@@ -286,10 +286,10 @@ class Store:
             path.unlink(missing_ok=True)
 
     def writable(self, url: str) -> bool:
-        """Whether files can be put beside this one. Object stores are taken to be; the web is not."""
+        """Whether files can be put beside this one, there or to be. Object stores are taken to be; the web is not."""
         protocol = protocol_of(url)
         if protocol == "file":
-            folder = local_path(url).absolute().parent
+            folder = next(parent for parent in local_path(url).absolute().parents if parent.exists())
             return os.access(folder, os.W_OK)
         return protocol not in ("http", "https", "pipe")
 

@@ -1,5 +1,6 @@
 """What a run tells of itself: rows in its metrics.jsonl, and the same in W&B, where pictures and tables go too."""
 
+import io
 import json
 import logging
 import math
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
+
+from PIL import Image
 
 from conf.errors import ConfigError
 from conf.secrets import without_secrets
@@ -85,12 +88,13 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in row.items() if v is not None})
 
-    def log_image(self, name: str, path: Path, at: int, caption: str | None = None) -> None:
-        """Show a picture in W&B, at a place of the axis."""
+    def log_image(self, name: str, picture: Path | bytes, at: int, caption: str | None = None) -> None:
+        """Show a picture, of a file or encoded, in W&B, at a place of the axis."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(str(path), caption=caption), self._axis: at})
+            shown = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else str(picture)
+            self._wandb.log({name: wandb.Image(shown, caption=caption), self._axis: at})
 
     def log_table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]], at: int) -> None:
         """Show a table in W&B, at a place of the axis."""

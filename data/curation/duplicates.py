@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from conf.errors import ConfigError
 from data.curation.base import GlobalFilter, ShardColumns
 from data.curation.groups import connect, gather, rank_groups
 from data.curation.hamming import HammingIndex
@@ -60,7 +61,7 @@ class Duplicates(GlobalFilter):
         if self.best is not None:
             kind = table[self.best].type
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-                raise ValueError(f"duplicates.best={self.best!r} is a column of {kind}, not of numbers")
+                raise ConfigError(f"duplicates.best={self.best!r} is a column of {kind}, not of numbers")
             order.insert(0, _numbers(table[self.best]))
         first = np.arange(table.num_rows)
         connect(first, *_equal(table["content_hash"]))

@@ -76,7 +76,7 @@ def _share(count: int, total: int) -> str:
 
 
 def _value(near: Near) -> str:
-    return f"shard {near.shard} row {near.row}" if near.value is None else f"{near.value:.5g}"
+    return "" if near.value is None else f"{near.value:.5g}"
 
 
 def _histogram(stage: Stage) -> bytes:
@@ -95,28 +95,31 @@ def _histogram(stage: Stage) -> bytes:
 
 
 def _show_groups(page: Page, name: str, manifests: Sequence[Manifest], store: Store, sheets: Sheets) -> None:
-    """The groups of a filter with a column `..._group`: its number for the members of a group, null for others."""
+    """The groups of a filter with columns `..._group` (its number for the members of a group, null for others) and
+    `..._rank` (0 for the best of each)."""
     with open_scores(manifests[0], name, store) as file:
         column = next((c for c in file.schema_arrow.names if c.endswith("_group")), None)
     if column is None:
         return
+    rank = column.removesuffix("_group") + "_rank"
     members = []
     for shard, manifest in enumerate(manifests):
         with open_scores(manifest, name, store) as file:
-            values = file.read(columns=[column])[column]
-        rows = np.flatnonzero(values.is_valid().to_numpy())
-        members.append(np.column_stack([values.drop_null().to_numpy(), np.full(len(rows), shard), rows]))
+            scores = file.read(columns=[column, rank])
+        rows = np.flatnonzero(scores[column].is_valid().to_numpy())
+        found = scores.take(rows)
+        members.append(np.column_stack([found[column], found[rank], np.full(len(rows), shard), rows]))
     table = np.concatenate(members)
     groups, counts = np.unique(table[:, 0], return_counts=True)
     page.heading(f"Groups of {name}")
-    page.paragraph(
-        f"{len(groups)} groups hold {len(table)} samples; without all but one of each, {len(table) - len(groups)} less."
+    page.table(
+        ["groups", "samples in them", f"removed by {rank} = 0"], [(len(groups), len(table), len(table) - len(groups))]
     )
     for number, group in enumerate(groups[np.argsort(-counts, kind="stable")[:GROUPS]], 1):
-        places = [(shard, row) for _, shard, row in table[table[:, 0] == group].tolist()]
-        shown = places[:ON_SHEET]
-        png = sheets.draw(shown, [f"shard {shard} row {row}" for shard, row in shown])
-        page.picture(f"{name}_{number}", png, f"Group of {len(places)} samples.")
+        chosen = table[table[:, 0] == group]
+        shown = chosen[np.argsort(chosen[:, 1])[:ON_SHEET]].tolist()
+        png = sheets.draw([(shard, row) for _, _, shard, row in shown], [f"rank {place}" for _, place, *_ in shown])
+        page.picture(f"{name}_{number}", png, f"Group of {len(chosen)} samples, the best first.")
 
 
 def _show_errors(page: Page, names: Sequence[str], manifests: Sequence[Manifest], store: Store) -> None:

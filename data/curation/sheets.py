@@ -1,4 +1,4 @@
-"""Contact sheets: small pictures of a few samples, with a line of text under each."""
+"""Contact sheets: small pictures of a few samples, with the key and a line of text under each."""
 
 import io
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from data.video import VideoError, open_clip
 
 TILE = 144
 """Pixels of a small picture's longer side."""
-_TEXT = 16
+_LINE = 15
+_TEXT = 2 * _LINE + 4
 _COLUMNS = 6
 _SPAN = ("start_frame", "end_frame")
 
@@ -41,7 +42,7 @@ class Sheets:
 
         Args:
             places: (shard, row) of each.
-            texts: what stands under each.
+            texts: what stands under each, below its key.
 
         Raises:
             StoreError: the store fails.
@@ -51,13 +52,15 @@ class Sheets:
         brush = ImageDraw.Draw(sheet)
         for i, ((shard, row), text) in enumerate(zip(places, texts, strict=True)):
             left, top = i % _COLUMNS * TILE, i // _COLUMNS * (TILE + _TEXT)
+            sample = self._media(shard, row)
             try:
-                tile = _fit(picture_of(self._media(shard, row)))
+                tile = _fit(picture_of(sample))
                 sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
             except (DecodeError, VideoError):
                 brush.rectangle((left + 1, top + 1, left + TILE - 2, top + TILE - 2), outline="grey")
                 brush.text((left + 8, top + TILE // 2), "cannot be decoded", fill="grey")
-            brush.text((left + 4, top + TILE + 1), text, fill="black")
+            for line, words in enumerate((sample.key, text)):
+                brush.text((left + 4, top + TILE + 1 + line * _LINE), _shortened(words, brush), fill="black")
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG")
         return buffer.getvalue()
@@ -88,6 +91,15 @@ def picture_of(sample: Media) -> np.ndarray:
         return sample.image
     with open_clip(sample.data) as clip:
         return still(clip, sample.span or (0, len(clip.timeline)), "middle")
+
+
+def _shortened(text: str, brush: ImageDraw.ImageDraw) -> str:
+    """The text without what is too much for a tile: keys differ in their ends."""
+    if brush.textlength(text) <= TILE - 8:
+        return text
+    while text and brush.textlength("..." + text) > TILE - 8:
+        text = text[1:]
+    return "..." + text
 
 
 def _fit(pixels: np.ndarray) -> Image.Image:

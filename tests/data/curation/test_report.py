@@ -1,15 +1,24 @@
 """The report of a curation, by its content and by looking at its pictures' pixels."""
 
+import base64
 import io
+import os
 import re
+from html.parser import HTMLParser
 
+import boto3
 import numpy as np
 import pyarrow.parquet as pq
 from drawn import encoded, natural
-from PIL import Image
+from moto.server import ThreadedMotoServer
+from PIL import Image, ImageDraw
 from shard_files import write_tar
 from test_curate import job
 
+from data.curate import curate
+from data.curation.duplicates import Duplicates
+from data.curation.hashes import ContentHash
+from data.curation.report import make_report
 from data.curation.sheets import TILE, Sheets
 from data.index import ensure_indexed
 from data.scores import score_url
@@ -57,12 +66,74 @@ def test_the_report_follows_the_clause_and_lists_duplicates_and_errors(tmp_path)
     text, shown, alone, after, left = table[1]
     assert text == "sharpness > quantile(0.5)" and float(shown) == float(f"{threshold:.5g}")
     assert int(alone) == 16 and int(after) + int(left) == 29  # the one that cannot be decoded is not kept
-    assert "1 groups hold 2 samples" in markdown
+    assert "| 1 | 2 | 1 |" in markdown and "duplicate_rank = 0" in markdown
     assert "| sharpness | undecodable picture | 1 |" in markdown and "| 11 | undecodable picture |" in markdown
-    page = (out / "index.html").read_text()
     names = re.findall(r"\(pictures/(.*?)\)", markdown)
     assert {"histogram_2.png", "kept_2.png", "dropped_2.png", "duplicates_1.png"} <= set(names)
-    assert page.count("<img") == len(names) and all((out / "pictures" / name).exists() for name in names)
+    shown = pictures_of((out / "index.html").read_text())
+    assert [data for data, _ in shown] == [(out / "pictures" / name).read_bytes() for name in names]
+    assert all(text and Image.open(io.BytesIO(data)).size > (TILE, TILE) for data, text in shown)
+
+
+def pictures_of(page: str) -> list[tuple[bytes, str]]:
+    """What a browser shows of a page's pictures, none of which may lie elsewhere; and the texts in their place."""
+    found = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag == "img":
+                told = dict(attributes)
+                start, data = told["src"].split(",")
+                assert start == "data:image/png;base64"
+                found.append((base64.b64decode(data, validate=True), told["alt"]))
+
+    Parser().feed(page)
+    return found
+
+
+def test_groups_are_shown_with_their_keys_and_the_best_first(tmp_path, monkeypatch):
+    small = natural(1, 60, 80)
+    write_tar(tmp_path / "0.tar", [("small.png", encoded(small)), ("other.png", encoded(natural(2, 60, 80)))])
+    write_tar(tmp_path / "1.tar", [("again.png", encoded(small)), ("copy.png", encoded(small))])
+    write = ImageDraw.ImageDraw.text
+    lines: list[str] = []
+
+    def noted(brush: ImageDraw.ImageDraw, place: tuple, text: str, **options) -> None:
+        lines.append(text)
+        write(brush, place, text, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    store = Store()
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    curate(manifests, [ContentHash(), Duplicates(distance=None)], store)
+    make_report(manifests, store)
+    assert lines == ["small", "rank 0", "again", "rank 1", "copy", "rank 2"]
+    write_tar(tmp_path / "2.tar", [("a" * 50 + "1.png", encoded(small))])
+    lines.clear()
+    manifests = ensure_indexed([str(tmp_path / "2.tar")], store)
+    Sheets(manifests, store).draw([(0, 0)], ["x"])
+    assert lines[0].startswith("...aaaaa") and lines[0].endswith("a1")
+
+
+def test_a_report_goes_to_an_object_store_and_not_to_the_web(tmp_path, monkeypatch):
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setitem(os.environ, f"AWS_{name}", value)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="bucket")
+    shard = write_tar(tmp_path / "0.tar", [(f"{i}.png", encoded(natural(i, 40, 40))) for i in range(2)])
+    client.put_object(Bucket="bucket", Key="curate/0.tar", Body=shard.read_bytes())
+    command = ["shards=s3://bucket/curate", f"store.storage_options={{s3: {{endpoint_url: '{endpoint}'}}}}"]
+    done = job(*command, "filter=[blank]", "report=s3://bucket/report", "funnel.where=contrast > 1")
+    assert done.returncode == 0, done.stderr
+    assert "report: s3://bucket/report/index.html" in done.stdout
+    page = client.get_object(Bucket="bucket", Key="report/index.html")["Body"].read().decode()
+    assert len(pictures_of(page)) == 2
+    server.stop()
+    refused = job(*command, "filter=[]", "report=https://somewhere/report")
+    assert refused.returncode == 2 and "report=https://somewhere/report cannot be written" in refused.stderr
 
 
 def test_a_report_alone_needs_no_filters(tmp_path):
