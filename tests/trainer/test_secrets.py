@@ -21,7 +21,14 @@ WITH_DATA = [
 ]
 JOBS = {
     "train": [*SMALL, "steps=1", *WITH_DATA],
-    "encode": [*SMALL, *WITH_DATA, "first_stage=kl_tiny", "encode.text=false", "data.encoded=once", "data.crop=center"],
+    "encode": [
+        *SMALL,
+        *WITH_DATA,
+        "first_stage=kl_tiny",
+        "encode.conditions=false",
+        "data.encoded=once",
+        "data.crop=center",
+    ],
     "pack": ["out=FOLDER/packed", *WITH_DATA],
     "curate": [
         "filter=[sharpness]",
