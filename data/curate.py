@@ -173,7 +173,7 @@ def curate(
     if tasks.task is None:
         for one in filters:
             if isinstance(one, GlobalFilter):
-                score_everywhere(one, manifests, store, tasks.tasks)
+                score_everywhere(one, manifests, store, tasks.tasks, log)
     return {f.name: [read_scored(m, f.name, store) for m in manifests] for f in filters}
 
 

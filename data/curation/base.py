@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.decode import DecodeError, decode_image
+from data.tracking import RunLog
 
 Kind = Literal["image", "video"]
 KINDS: tuple[Kind, ...] = ("image", "video")
@@ -171,10 +172,13 @@ class GlobalFilter(_Columns):
     needs: Sequence[str]
 
     @abstractmethod
-    def score_all(self, shards: Sequence[ShardColumns], tasks: int = 1) -> Iterator[pa.Table]:
+    def score_all(
+        self, shards: Sequence[ShardColumns], tasks: int = 1, log: RunLog | None = None
+    ) -> Iterator[pa.Table]:
         """For each shard, in order, a table of `columns` with a row for each of its samples.
 
         Args:
             shards: all there are; picklable.
             tasks: processes to share the work (see `data.tasks`), on which the result does not depend.
+            log: that gets rows about the progress.
         """

@@ -15,6 +15,7 @@ from data.curation.hamming import HammingIndex
 from data.curation.scratch import scratch_folder
 from data.store import cache_root
 from data.tasks import Task, Tasks, run_tasks
+from data.tracking import RunLog
 
 _HASH, _WINDOWS = "phash", "phash_windows"
 
@@ -53,7 +54,9 @@ class Duplicates(GlobalFilter):
     def settings(self) -> dict[str, Any]:
         return {"distance": self.distance, "best": self.best}
 
-    def score_all(self, shards: Sequence[ShardColumns], tasks: int = 1) -> Iterator[pa.Table]:
+    def score_all(
+        self, shards: Sequence[ShardColumns], tasks: int = 1, log: RunLog | None = None
+    ) -> Iterator[pa.Table]:
         starts = np.cumsum([0, *(shard.rows for shard in shards)]).tolist()
         read = [column for column in self.needs if column != _WINDOWS]
         table = pa.concat_tables([shard.read(read) for shard in shards], promote_options="permissive")
@@ -72,7 +75,7 @@ class Duplicates(GlobalFilter):
                 del table
                 shared = Tasks(tasks)
                 work = partial(_search, folder, shards, starts)
-                run_tasks(work, shared, shared.totals([shard.rows for shard in shards]), self.name)
+                run_tasks(work, shared, shared.totals([shard.rows for shard in shards]), self.name, log)
                 pairs = np.concatenate([np.load(folder / f"pairs-{i}.npy") for i in range(len(shards))])
             first = gather(first, order, *np.divmod(pairs, len(first)))
         groups = rank_groups(first, order)

@@ -11,6 +11,7 @@ from data.curation.base import GlobalFilter
 from data.manifest import Manifest, open_parquet
 from data.scores import Recipe, as_json, open_scores, read_scored, score_names, write_scores
 from data.store import Store, redact
+from data.tracking import RunLog
 
 
 class Columns:
@@ -44,8 +45,11 @@ class Columns:
         return pa.table({c: found.get(c, pa.nulls(self.rows)) for c in columns})
 
 
-def score_everywhere(one: GlobalFilter, manifests: Sequence[Manifest], store: Store, tasks: int = 1) -> None:
-    """Bring the score files of a global filter up to date, in all shards, with the help of so many processes.
+def score_everywhere(
+    one: GlobalFilter, manifests: Sequence[Manifest], store: Store, tasks: int = 1, log: RunLog | None = None
+) -> None:
+    """Bring the score files of a global filter up to date, in all shards, with the help of so many processes. The log
+    gets rows about the progress.
 
     Raises:
         ConfigError: a column that it needs is nowhere.
@@ -58,7 +62,7 @@ def score_everywhere(one: GlobalFilter, manifests: Sequence[Manifest], store: St
     due = [found is None or found.recipe != recipe for found in scored]
     if not any(due):
         return
-    tables = one.score_all([Columns(manifest, store, filters) for manifest in manifests], tasks)
+    tables = one.score_all([Columns(manifest, store, filters) for manifest in manifests], tasks, log)
     for manifest, is_due, table in zip(manifests, due, tables, strict=True):
         if is_due:
             write_scores(manifest, one.name, table.cast(one.columns), store, recipe)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from data.curation.base import GlobalFilter, ShardColumns
 from data.curation.embeddings import vectors_of
+from data.tracking import RunLog
 
 _KEY = re.compile(r"(?:.+?\.)??(?:(\d+)\.)?(weight|bias)")
 
@@ -124,7 +125,9 @@ class EmbeddingHead(GlobalFilter):
     def settings(self) -> dict[str, Any]:
         return {"embedding": self.needs[0], **self.head.settings()}
 
-    def score_all(self, shards: Sequence[ShardColumns], tasks: int = 1) -> Iterator[pa.Table]:
+    def score_all(
+        self, shards: Sequence[ShardColumns], tasks: int = 1, log: RunLog | None = None
+    ) -> Iterator[pa.Table]:
         """See `GlobalFilter`. One process does it all: it takes little more than reading the embeddings."""
         for shard in shards:
             present, vectors = vectors_of(shard.read(self.needs)[self.needs[0]])

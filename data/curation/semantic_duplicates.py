@@ -20,6 +20,7 @@ from data.curation.groups import connect, rank_groups
 from data.curation.scratch import scratch_folder
 from data.store import cache_root
 from data.tasks import Task, Tasks, run_tasks
+from data.tracking import RunLog
 
 FEWEST = 40
 """Samples per cluster, on average, below which there are fewer clusters: FAISS warns below 39."""
@@ -79,7 +80,9 @@ class SemanticDuplicates(GlobalFilter):
         names = ("embedding", "threshold", "best", "clusters", "probes", "training", "iterations", "seed")
         return {name: getattr(self, name) for name in names}
 
-    def score_all(self, shards: Sequence[ShardColumns], tasks: int = 1) -> Iterator[pa.Table]:
+    def score_all(
+        self, shards: Sequence[ShardColumns], tasks: int = 1, log: RunLog | None = None
+    ) -> Iterator[pa.Table]:
         starts = np.cumsum([0, *(shard.rows for shard in shards)])
         width = _width(shards, self.embedding)
         if width is None:
@@ -91,24 +94,24 @@ class SemanticDuplicates(GlobalFilter):
             vectors = _Vectors(folder, int(starts[-1]), width)
             vectors.create()
             rows = [shard.rows for shard in shards]
-            self._run(partial(_collect, vectors, shards, starts, self.embedding), rows, tasks, "embeddings")
+            self._run(partial(_collect, vectors, shards, starts, self.embedding), rows, tasks, "embeddings", log)
             clusters = self._fit(vectors, tasks)
             blocks = np.diff([*range(0, vectors.rows, BLOCK), vectors.rows]).tolist()
             nearest = min(self.probes, clusters)
             vectors.array("nearest", np.int32, nearest, mode="w+")
-            self._run(partial(_assign, vectors, nearest), blocks, tasks, "clusters")
+            self._run(partial(_assign, vectors, nearest), blocks, tasks, "clusters", log)
             sizes = _sort_by_cluster(vectors, clusters, nearest)
-            self._run(partial(_search, vectors, nearest, self.threshold), sizes.tolist(), tasks, "pairs")
+            self._run(partial(_search, vectors, nearest, self.threshold), sizes.tolist(), tasks, "pairs", log)
             first = np.arange(vectors.rows)
             for links in sorted(folder.glob("links-*.npy")):
                 connect(first, *np.load(links))
             cluster = np.array(vectors.array("nearest", np.int32, nearest)[:, 0])
         yield from self._tables(shards, starts, first, cluster)
 
-    def _run(self, work: Any, samples: Sequence[int], tasks: int, what: str) -> None:
+    def _run(self, work: Any, samples: Sequence[int], tasks: int, what: str, log: RunLog | None) -> None:
         """Work on items of so many samples each, shared by the tasks."""
         shared = Tasks(tasks)
-        run_tasks(work, shared, shared.totals(samples), f"{self.name}: {what}")
+        run_tasks(work, shared, shared.totals(samples), f"{self.name}: {what}", log)
 
     def _fit(self, vectors: "_Vectors", threads: int) -> int:
         """Fit k-means to a draw of the samples, which is the same on every machine; returns the number of clusters."""

@@ -40,7 +40,7 @@ def write_shards(folder: Path, shards: int, size: int = 10) -> Path:
 @pytest.mark.timeout(300)
 def test_a_job_and_its_resumption_are_one_run_with_rows_tables_and_contact_sheets(tmp_path):
     shards = write_shards(tmp_path / "shards", 3)
-    command = ["curate", f"shards={shards}", "filter=sharpness", "name=photos", "cluster.tasks=2"]
+    command = ["curate", f"shards={shards}", "filter=[sharpness,duplicates]", "name=photos", "cluster.tasks=2"]
     first = millrace(tmp_path, *command)
     assert first.returncode == 0, first.stderr
     write_tar(shards / "00003.tar", [(f"3-{i}.jpg", picture(40, 30, seed=i)) for i in range(10)])
@@ -48,21 +48,25 @@ def test_a_job_and_its_resumption_are_one_run_with_rows_tables_and_contact_sheet
     assert again.returncode == 0, again.stderr
     run = tmp_path / "runs" / "photos"
     rows = read_jsonl(run / "metrics.jsonl")
-    assert {(row["job"], row["errors"], row["errors/sharpness: undecodable picture"]) for row in rows} <= {
-        ("curate", count, count) for count in range(4)
-    }
-    ends = [row for row in rows if row["samples"] == row["total"]]
-    assert [(row["samples"], row["errors"]) for row in ends] == [(30, 3), (40, 3)]
-    assert ends[1]["samples_per_s"] * ends[1]["seconds"] < 11  # only what is new was work
+    assert [row["samples"] for row in rows if row["job"] == "duplicates"][-1] == 40
+    scoring = [row for row in rows if row["job"] == "curate"]
+    for row in scoring:
+        reasons = {key: value for key, value in row.items() if key.startswith("errors/")}
+        assert row["errors"] == sum(reasons.values()) and reasons.keys() <= {
+            "errors/sharpness: undecodable picture",
+            "errors/perceptual_hash: undecodable picture",
+        }
+    ends = [row for row in scoring if row["samples"] == row["total"]]
+    assert [(row["samples"], row["errors"]) for row in ends] == [(30, 6), (40, 6)]
     starts = records(run)
     assert len(starts) == 2 and identity(starts)[1:] == ("photos", "")
     logged = [row for start in starts for row in history(start)]
     assert [row["samples"] for row in logged if row.get("job")] == [row["samples"] for row in rows]
     assert {"filters._type": "table-file", "samples": 30}.items() <= logged[len(history(starts[0])) - 2].items()
     shown = {name for row in history(starts[1]) for name, value in row.items() if value in ("image-file", "table-file")}
-    assert shown == {
+    assert shown >= {
         *("filters._type", "errors._type", "report/funnel._type"),
-        *("report/histogram_1._type", "report/kept_1._type", "report/dropped_1._type"),
+        *("report/histogram_1._type", "report/kept_1._type", "report/dropped_1._type", "report/duplicates_1._type"),
     }
     (funnel,) = run.glob("wandb/offline-run-*/files/media/table/report/funnel_*.table.json")
     assert json.loads(funnel.read_text())["data"][0][0] == "sharpness > quantile(0.5)"
