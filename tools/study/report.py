@@ -7,6 +7,7 @@ from typing import Any
 
 from data.page import Page
 from data.run_directory import RunDirectory
+from data.store import Store
 from data.tracking import RunLog, WandbConfig
 from tools.study.results import Result, columns, write_parquet
 from tools.study.sheet import Sheet, figures
@@ -47,7 +48,7 @@ def write_report(name: str, folder: Path, results: Sequence[Result], sheets: Seq
             (tables / f"{table.name}.tex").write_text(table.latex())
     found = {sheet.name: {"verdicts": sheet.verdicts, **sheet.numbers} for sheet in sheets}
     (folder / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
-    return page.write(out)
+    return Path(page.write(str(out), Store()))
 
 
 def log_to_wandb(config: Any, study: str, results: Sequence[Result], sheets: Sequence[Sheet]) -> None:
