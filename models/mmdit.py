@@ -4,6 +4,10 @@ Image patches and text tokens each have weights of their own and meet only in at
 and the pooled text modulates both (adaLN-zero, Peebles & Xie 2023, arXiv 2212.09748). SD3.5 adds RMS-normed queries and
 keys, and SD3.5-medium, "MMDiT-X", a second attention among the image tokens of its early blocks.
 
+`base_width` turns on the maximal update parametrization, muP (Yang et al. 2022, arXiv 2203.03466, table 3): first
+values, attention's scale and the optimiser's steps (`learning_rate_factor`) are such that activations and their changes
+keep their size as the network widens. Learning rates tuned at the base width then serve all others.
+
 Shapes: n samples, T image tokens, L text tokens, D width.
 """
 
@@ -41,13 +45,22 @@ class MMDiT(nn.Module):
         position_offset: see `position_scale`.
         position_scale: patch p of a side sits at (p - offset) * scale. None is diffusers' (sample_size / patch_size) /
             pos_embed_max_size; the paper, going from 256 px to S px, takes 256 / S with offset (max - S / 16) / 2.
+        base_width: of the network that this one is a widening of under muP, and equals at that width; None: no muP.
+        base_head_dim: of that network's heads; None: the same as here. Under muP attention's logits are divided by the
+            heads' channels rather than their root.
     """
 
     diffusers_class: ClassVar[str] = "SD3Transformer2DModel"
     # Attributes that are lists of blocks, which engines shard, compile and checkpoint one by one.
     block_lists: ClassVar[tuple[str, ...]] = ("blocks",)
     # Configuration that diffusers' class does not have: left out of its config.json where it says nothing.
-    own_config: ClassVar[dict[str, Any]] = {"learned_positions": False, "position_offset": 0.0, "position_scale": None}
+    own_config: ClassVar[dict[str, Any]] = {
+        "learned_positions": False,
+        "position_offset": 0.0,
+        "position_scale": None,
+        "base_width": None,
+        "base_head_dim": None,
+    }
 
     def __init__(
         self,
@@ -67,6 +80,8 @@ class MMDiT(nn.Module):
         learned_positions: bool = False,
         position_offset: float = 0.0,
         position_scale: float | None = None,
+        base_width: int | None = None,
+        base_head_dim: int | None = None,
     ) -> None:
         super().__init__()
         width = num_attention_heads * attention_head_dim
@@ -94,10 +109,13 @@ class MMDiT(nn.Module):
             "learned_positions": learned_positions,
             "position_offset": position_offset,
             "position_scale": position_scale,
+            "base_width": base_width,
+            "base_head_dim": base_head_dim,
         }
         for name, value in self.config.items():
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.width = width
         self.patch_size, self.in_channels, self.out_channels = patch_size, in_channels, out_channels or in_channels
 
         self.patch_embedding = PatchEmbedding(in_channels, width, patch_size)
@@ -110,8 +128,10 @@ class MMDiT(nn.Module):
         self.text_embedding = nn.Linear(joint_attention_dim, width)
         self.time_embedding = VectorEmbedding(TIME_CHANNELS, width)
         self.pooled_embedding = VectorEmbedding(pooled_projection_dim, width)
+        logit_scale = (base_head_dim or attention_head_dim) ** 0.5 / attention_head_dim if base_width else None
+        last, norm = num_layers - 1, qk_norm is not None
         self.blocks = nn.ModuleList(
-            Block(width, num_attention_heads, qk_norm is not None, dual=i in dual, last=i == num_layers - 1)
+            Block(width, num_attention_heads, norm, dual=i in dual, last=i == last, scale=logit_scale)
             for i in range(num_layers)
         )
         self.final_modulation = nn.Linear(width, 2 * width)
@@ -169,16 +189,29 @@ class MMDiT(nn.Module):
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """First values as in DiT (arXiv 2212.09748): blocks start as the identity, the prediction as zero."""
         parts = name.split(".")
+        base, width = self.config["base_width"] or self.width, self.width
         if parts[-1] == "bias" or "modulation" in parts or parts[0] in ("final_modulation", "final"):
             tensor.zero_()
         elif parts[-2] in ("query_norm", "key_norm"):
             tensor.fill_(1)
         elif parts[0] in ("time_embedding", "pooled_embedding", "positions"):
-            tensor.normal_(std=0.02, generator=generator)
+            tensor.normal_(std=0.02 * (base / width) ** 0.5 if parts[-2] == "down" else 0.02, generator=generator)
+        elif parts[0] in ("patch_embedding", "text_embedding"):
+            # Of a fixed number of inputs: under muP as at the base width.
+            bound = math.sqrt(3) * math.sqrt(2 / (tensor[0].numel() + base))  # Xavier's
+            tensor.uniform_(-bound, bound, generator=generator)
         else:
             # Query, key and value are matrices of their own: the fan-out of one is a third of the fused weight's.
             for matrix in tensor.flatten(1).chunk(3 if parts[-2] == "linear" else 1):
                 nn.init.xavier_uniform_(matrix, generator=generator)
+
+    def learning_rate_factor(self, name: str) -> float:
+        """Of the parameter's step: base_width / width for matrices whose inputs grow with the width, else 1."""
+        parts = name.split(".")
+        fixed = parts[0] in ("patch_embedding", "text_embedding", "positions") or parts[1] == "up"
+        if self.config["base_width"] is None or fixed or parts[-1] == "bias" or parts[-2] in ("query_norm", "key_norm"):
+            return 1.0
+        return self.config["base_width"] / self.width
 
     def init_buffers(self) -> None:
         """Compute the table of positions anew."""
@@ -232,11 +265,20 @@ class Block(nn.Module):
     Args:
         dual: adds an attention among the image tokens alone, of the same normed input.
         last: its text is read no more, so only queries, keys and values are made of it.
+        scale: factor on attention's logits; None: one over the root of the heads' channels.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, dual: bool = False, last: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool,
+        dual: bool = False,
+        last: bool = False,
+        scale: float | None = None,
+    ) -> None:
         super().__init__()
-        self.last = last
+        self.last, self.scale = last, scale
         self.image = Stream(width, heads, qk_norm, modulations=9 if dual else 6)
         self.text = Stream(width, heads, qk_norm, modulations=2 if last else 6)
         self.dual = Attention(width, heads, qk_norm) if dual else None
@@ -251,12 +293,13 @@ class Block(nn.Module):
         normed = normalize(image)
         image_qkv = self.image.attention.project(modulate(normed, shift, scale))
         text_qkv = self.text.attention.project(modulate(normalize(text), text_shift, text_scale))
-        attended = attend(*(torch.cat(pair, dim=1) for pair in zip(image_qkv, text_qkv, strict=True)))
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(image_qkv, text_qkv, strict=True))
+        attended = attend(query, key, value, self.scale)
         image_attended, text_attended = attended.split([image.shape[1], text.shape[1]], dim=1)
 
         if self.dual is not None:
             dual_shift, dual_scale, dual_gate = image_modulation[4:]
-            dual = self.dual.output(attend(*self.dual.project(modulate(normed, dual_shift, dual_scale))))
+            dual = self.dual.output(attend(*self.dual.project(modulate(normed, dual_shift, dual_scale)), self.scale))
             image = gated(image, dual_gate, dual)
         image = self.image.finish(image, image_attended, *image_modulation[:4])
         if not self.last:
@@ -447,10 +490,10 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return (gate * branch).add_(x)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of (n, tokens, heads, channels), to (n, tokens, D)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention of (n, tokens, heads, channels), to (n, tokens, D); see `Block` for the scale."""
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
 
 
 _TOP = {

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from trainer.engines import networks as shared
 from trainer.engines.base import Shard, StepResult, boxes_of_range, storage_bytes
 from trainer.engines.networks import Precision
-from trainer.engines.optimizer import MOMENTS, AdamW, allocate_moments, clip_factor, decays, global_norm
+from trainer.engines.optimizer import (
+    MOMENTS,
+    AdamW,
+    allocate_moments,
+    clip_factor,
+    global_norm,
+    kinds_of,
+    set_learning_rate,
+)
 from trainer.objectives.base import Phase
 
 
@@ -231,16 +239,16 @@ class _Zero:
         if config.activation_checkpointing:
             shared.checkpoint_blocks(network)
         shapes = {n: tuple(p.shape) for n, p in network.named_parameters()}
-        decay = decays(network)
+        kinds = kinds_of(network)
         # The first values are written into the masters: what passes through the compute type would be rounded.
         meta = shared.is_meta(network)
         ready = {} if meta else {n: p.detach().float().clone() for n, p in network.named_parameters()}
         ds_config = _ds_config(config, sum(p.numel() for p in network.parameters()), device)
         _allocate(network, shared.compute_dtype(config.precision), device, ds_config)
         parameters = dict(network.named_parameters())
-        groups = ([p for n, p in parameters.items() if decay[n]], [p for n, p in parameters.items() if not decay[n]])
+        torch_optimizer = optimizer.build((p, kinds[n]) for n, p in parameters.items())
         self.engine, self.zero, _, _ = deepspeed.initialize(
-            model=network, optimizer=optimizer.build(*groups), config=ds_config, dist_init_required=False
+            model=network, optimizer=torch_optimizer, config=ds_config, dist_init_required=False
         )
         self.flats: list[Tensor] = self._flats()
         allocate_moments(self.zero.optimizer, self.flats)
@@ -340,8 +348,7 @@ class _Zero:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for group in self.zero.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.zero.optimizer, lr)
         self.zero.step()
 
     def drop_gradients(self) -> None:

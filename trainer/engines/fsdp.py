@@ -19,7 +19,16 @@ from torch.distributed.fsdp import (
 from trainer.engines import networks as shared
 from trainer.engines.base import Shard, StepResult, storage_bytes
 from trainer.engines.networks import Precision
-from trainer.engines.optimizer import MOMENTS, AdamW, allocate_moments, clip_factor, decays, global_norm
+from trainer.engines.optimizer import (
+    MOMENTS,
+    AdamW,
+    Kind,
+    allocate_moments,
+    clip_factor,
+    global_norm,
+    kinds_of,
+    set_learning_rate,
+)
 from trainer.objectives.base import Phase
 
 
@@ -164,19 +173,18 @@ class FSDPEngine:
 
     def _add_optimizer(self, phase: Phase, config: AdamW) -> None:
         owned: list[_Owned] = []
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
+        parameters: list[tuple[Tensor, Kind]] = []
         for network_name in phase.trainable:
             network = self.networks[network_name]
-            decay = decays(network)
+            kinds = kinds_of(network)
             for name, parameter in network.named_parameters():
                 local = nn.Parameter(shared.local_part(parameter))
                 owned.append(_Owned(f"{network_name}.{name}", parameter, local))
                 if local.numel():  # a small tensor leaves some ranks with nothing of it
-                    (decayed if decay[name] else plain).append(local)
+                    parameters.append((local, kinds[name]))
         self._owned[phase.name] = owned
-        self._optimizers[phase.name] = config.build(decayed, plain)
-        allocate_moments(self._optimizers[phase.name], (*decayed, *plain))
+        self._optimizers[phase.name] = config.build(parameters)
+        allocate_moments(self._optimizers[phase.name], [local for local, _ in parameters])
         self._max_grad_norm[phase.name] = config.max_grad_norm
 
     @contextlib.contextmanager
@@ -211,8 +219,7 @@ class FSDPEngine:
             factor = clip_factor(norm, self._max_grad_norm[phase.name])
             if factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
             optimizer.step()
             self._steps[phase.name] += 1
         self.discard(phase)

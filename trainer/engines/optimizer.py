@@ -1,6 +1,6 @@
 """The optimiser of a phase, shared by the engines: its configuration, its parameter groups, norms and clipping."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -37,12 +37,16 @@ class AdamW:
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: a positive number, or null to never clip")
 
-    def build(self, decayed: Sequence[Tensor], plain: Sequence[Tensor]) -> torch.optim.AdamW:
-        """The torch optimiser over parameters with and without weight decay; see `allocate_moments`. Its learning
-        rate is 0 until a step sets it."""
+    def build(self, parameters: Iterable[tuple[Tensor, "Kind"]]) -> torch.optim.AdamW:
+        """The torch optimiser over parameters of each kind; see `allocate_moments`. Its learning rate is 0 until
+        `set_learning_rate`."""
+        of_kind: dict[Kind, list[Tensor]] = {}
+        for parameter, kind in parameters:
+            of_kind.setdefault(kind, []).append(parameter)
+        # The factor divides the decay: what a step takes off a weight, rate times decay, is as at the base width.
         groups = [
-            {"params": list(decayed), "weight_decay": self.weight_decay},
-            {"params": list(plain), "weight_decay": 0.0},
+            {"params": tensors, "weight_decay": kind.decays * self.weight_decay / kind.factor, "factor": kind.factor}
+            for kind, tensors in of_kind.items()
         ]
         return torch.optim.AdamW(groups, lr=0.0, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
 
@@ -56,12 +60,32 @@ def allocate_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tens
         }
 
 
-def decays(network: nn.Module) -> dict[str, bool]:
-    """For each parameter of the network, by name, whether weight decay applies to it."""
+@dataclass(frozen=True)
+class Kind:
+    """How the optimiser treats a parameter.
+
+    Args:
+        decays: whether weight decay applies to it.
+        factor: on the learning rate (muP).
+    """
+
+    decays: bool
+    factor: float = 1.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of all parameters, each times its kind's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+
+
+def kinds_of(network: nn.Module) -> dict[str, Kind]:
+    """The kind of each parameter of the network, by name. Networks that know muP have `learning_rate_factor(name)`."""
     embeddings = {
         id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
-    return {name: p.ndim >= 2 and id(p) not in embeddings for name, p in network.named_parameters()}
+    factor: Callable[[str], float] = getattr(network, "learning_rate_factor", lambda name: 1.0)
+    return {name: Kind(p.ndim >= 2 and id(p) not in embeddings, factor(name)) for name, p in network.named_parameters()}
 
 
 def global_norm(parts: Iterable[Tensor], group: dist.ProcessGroup | None, device: torch.device) -> float:
