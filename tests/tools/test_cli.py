@@ -143,10 +143,10 @@ SOURCE = "data.sources.photos.shards=/nowhere"
         ([SOURCE, "validation.ema=0.5"], ["validation.ema='0.5'", "decay_9999"]),
         ([SOURCE, "samples.ema=decay_9999", "ema=none"], ["samples.ema='decay_9999'", "none"]),
         ([SOURCE, "++ema.lengths={v0.9: {_target_: trainer.ema.ConstantDecay, decay: 0.9}}"], ["'v0.9'", "no dot"]),
-        ([SOURCE, "objective.caption_dropout=[0.1, 0.2]"], ["caption_dropout has 2 numbers for 1 text"]),
+        ([SOURCE, "objective.caption_dropout=[0.1, 0.2]"], ["caption_dropout has 2 numbers for 1 enc"]),
         (
             [SOURCE, "conditioner=sd3", "model=sd3_medium", "objective.caption_dropout=[0.1, 0.2]"],
-            ["caption_dropout has 2 numbers for 3 text"],
+            ["caption_dropout has 2 numbers for 3 enc"],
         ),
         ([SOURCE, "guidance.scale=-1"], ["guidance.scale=-1"]),
         (

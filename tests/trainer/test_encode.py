@@ -35,6 +35,7 @@ STEPS = 10
 # Both jobs take these: a latent first stage, several buckets, two caption columns, flips and dropout ...
 BASE = [
     *("first_stage=kl_tiny", "engine.precision=fp32", "data.workers=0", "log.wandb=null"),
+    *("schedule=constant", "schedule.lr=0.003", "schedule.warmup=0"),  # so that losses tell what is conditioned on
     *("buckets=tiny", "buckets.sizes=[[32,32],[24,40],[40,24]]", "data.crop=center", "data.flip=true"),
     *("data.sources.s.caption={caption: 1.0, other: 1.0}", "data.holdout=0.1"),
     *("objective.caption_dropout=0.3", f"steps={STEPS}", f"validation.every={STEPS}", "validation.samples=6"),
