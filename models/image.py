@@ -17,8 +17,8 @@ _FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubi
 
 
 class ImageEncoder(Encoder):
-    """A picture's embedding by CLIP, SigLIP and their like: one token, which Retrieval-Augmented (arXiv 2204.11824,
-    section 3.2) and Stable Video Diffusion (arXiv 2311.15127, appendix D) attend to in the place of a caption's.
+    """A picture's embedding by CLIP, SigLIP and their like: one token to attend to, as retrieval-augmented diffusion
+    (arXiv 2204.11824) and Stable Video Diffusion (arXiv 2311.15127) have it in the place of a caption's.
 
     The embedding is the model's own, not scaled to length one: projected into the space that it shares with captions,
     or, of a model of pictures alone (DINOv2), its pooled output. Pictures may be of any size, and are prepared as the
