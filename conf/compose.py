@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -27,13 +27,16 @@ _OPEN = re.compile(
 _NAMES = ("name", "average", "validation.ema", "samples.ema", "init_from.ema")
 
 
-def compose(job: str, overrides: list[str]) -> DictConfig:
+def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] = "refuse") -> DictConfig:
     """The config of a job (`conf/<job>.yaml`) under the given Hydra overrides.
 
     In this order, later ones above earlier ones: the choices of groups, the experiment's values, the scale's, the
     command line's. What an experiment sets in a group falls away where the command line or the scale chooses a class
     that does not take it. `shrink` (set by `scale=tiny`) maps class names to values: every node built from that class
     takes them, below what the command line says. Interpolations are resolved.
+
+    Args:
+        missing: what becomes of keys that must be given and are not.
 
     Raises:
         ConfigError: an unknown key, group or choice, an override that does not parse, or an interpolation that fails.
@@ -57,9 +60,10 @@ def compose(job: str, overrides: list[str]) -> DictConfig:
     except OmegaConfBaseException as error:
         key = _unresolved(config)
         raise ConfigError(f"{key!r} follows another value: {_first_line(error)}. Set {key} itself.") from error
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"{missing[0]!r} must be given: add {missing[0]}=<value> to the command.")
+    for key in sorted(OmegaConf.missing_keys(config)):
+        if missing == "refuse":
+            raise ConfigError(f"{key!r} must be given: add {key}=<value> to the command.")
+        OmegaConf.update(config, key, None)
     return config
 
 

@@ -20,6 +20,7 @@ JOBS = {
     "train": ("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
     "study": ("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
+    "plan": ("tools.plan", "what a run would need, without a GPU: memory of a rank, FLOPs, traffic, time, cost"),
     "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, checkpoint, curate"),
 }
 
@@ -89,6 +90,11 @@ def _run(job: str, overrides: list[str]) -> None:
     overrides = [o for o in overrides if o != "--cfg"]
     if (ROOT / job).is_dir():  # `millrace bench plan` is short for `millrace bench bench=plan`
         overrides = [f"{job}={o}" if o.replace("/", "_").isidentifier() else o for o in overrides]
+    if job == "plan" and not show:  # of other ranks than there are here
+        from tools.plan import plan
+
+        plan(overrides)
+        return
     config = compose(job, overrides)
     if show:
         from omegaconf import OmegaConf

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -109,11 +108,8 @@ class FSDPEngine:
         self.networks = dict(networks)
         self._phases = tuple(phases)
         config.check(dist.get_world_size())
-        self._mesh = init_device_mesh(
-            device.type,
-            (config.replicas, dist.get_world_size() // config.replicas),
-            mesh_dim_names=("replicate", "shard"),
-        )
+        shards = dist.get_world_size() // config.replicas
+        self._mesh = shared.device_mesh(device, {"replicate": config.replicas, "shard": shards})
         self._group = self._mesh["shard"].get_group()
         self._trainable = [name for phase in phases for name in phase.trainable]
         shared.check_frozen(config.shard_frozen, networks, self._trainable)

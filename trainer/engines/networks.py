@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
@@ -140,7 +141,7 @@ def prepare_frozen(
     network.requires_grad_(False).eval().to(dtype)
     meta = is_meta(network)
     if sharded:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+        mesh = device_mesh(device, {"shard": dist.get_world_size()})
         for module in (*blocks_of(network), network):
             fully_shard(
                 module, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -153,6 +154,13 @@ def prepare_frozen(
         network.init_buffers()  # type: ignore[operator]
     network.to(device)
     cast_at_border(network, dtype)
+
+
+def device_mesh(device: torch.device, sides: Mapping[str, int]) -> DeviceMesh:
+    """All ranks as a grid with sides of these names and sizes. Real also where tensors are fake (a forecast of a run):
+    a mesh reads its ranks from a tensor."""
+    with unset_fake_temporarily():
+        return init_device_mesh(device.type, tuple(sides.values()), mesh_dim_names=tuple(sides))
 
 
 def frozen_bytes(networks: Iterable[nn.Module]) -> int:
