@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.clips import is_clips
 from data.curation.sheets import Sheets
 from data.funnel import Funnel, Near, Stage, funnel
 from data.manifest import Manifest
@@ -32,7 +33,8 @@ def make_report(manifests: Sequence[Manifest], store: Store, where: str | None =
         StoreError: the store fails.
     """
     rows = sum(m.rows for m in manifests)
-    page = Page(f"Curation of {rows} samples in {len(manifests)} shards")
+    what = "clips" if is_clips(manifests[0]) else "samples"
+    page = Page(f"Curation of {rows} {what} in {len(manifests)} shards")
     sheets = Sheets(manifests, store)
     if where is not None:
         _show_funnel(page, funnel(manifests, store, where, ON_SHEET), where, sheets)
@@ -64,11 +66,11 @@ def _show_funnel(page: Page, found: Funnel, where: str, sheets: Sheets) -> None:
         page.heading(stage.text)
         if stage.histogram is not None:
             page.picture(f"histogram_{number}", _histogram(stage), f"{stage.column}; dashed: {stage.threshold:.5g}")
-        where_from = "at random" if stage.threshold is None else "nearest to the threshold"
+        shown = "{}, drawn at random." if stage.threshold is None else "Just {}: nearest to the threshold."
         for what, near in (("kept", stage.kept), ("dropped", stage.dropped)):
             if near:
                 png = sheets.draw([(n.shard, n.row) for n in near], [_value(n) for n in near])
-                page.picture(f"{what}_{number}", png, f"Just {what}, {where_from}.")
+                page.picture(f"{what}_{number}", png, shown.format(what).capitalize())
 
 
 def _share(count: int, total: int) -> str:
@@ -84,7 +86,7 @@ def _histogram(stage: Stage) -> bytes:
     figure, plot = axes()
     for counts, label, alpha in (
         (stage.histogram.counts, "all", 0.35),
-        (stage.histogram.survivors, "so far kept", 0.9),
+        (stage.histogram.survivors, "kept by earlier conditions", 0.9),
     ):
         plot.stairs(counts, stage.histogram.edges, fill=True, alpha=alpha, label=label)
     plot.axvline(stage.threshold, color="black", linestyle="--")

@@ -22,7 +22,6 @@ from torch import nn
 from data.curate import Settings, curate
 from data.curation.base import Media
 from data.curation.clip import Clip, Embedder
-from data.curation.embeddings import export_embeddings
 from data.curation.heads import EmbeddingHead, Head
 from data.index import ensure_indexed
 from data.manifest import Manifest
@@ -316,17 +315,6 @@ def test_one_pass_serves_all_columns_and_a_later_head_needs_none(tmp_path, clip_
     median = sorted(d for d in direct if d is not None)[4]
     kept = [i for i, d in enumerate(direct) if d is not None and d >= median and i % 6 < 4]
     assert [shard * 6 + row for shard, row in chosen.locate(np.arange(len(chosen)))] == kept
-
-    assert export_embeddings(manifests, store, str(tmp_path / "out")) == 10
-    embeddings = column(manifests, "clip", "clip_embedding")
-    for shard in range(2):
-        array = np.load(tmp_path / f"out/img_emb/img_emb_{shard}.npy")
-        told = pq.read_table(tmp_path / f"out/metadata/metadata_{shard}.parquet").to_pydict()
-        assert array.dtype == np.float16
-        assert array.tolist() == [e for e in embeddings[6 * shard : 6 * shard + 6] if e is not None]
-        assert told["image_path"] == [f"{shard}-{i}" for i in (0, 1, 2, 3, 5)]
-        assert told["caption"] == ["a red circle", "a red circle", None, "a red circle", "a red circle"]
-        assert told["url"] == [f"u{key}" for key in told["image_path"]]
 
 
 @pytest.mark.slow

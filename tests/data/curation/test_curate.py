@@ -1,12 +1,8 @@
 """The curate job over real tars, as users run it."""
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -82,42 +78,6 @@ def test_the_job_scores_skips_what_is_done_and_redoes_what_changed(tmp_path):
     kept = [i for i, value in enumerate(values) if value is not None and value > sorted(filter(None, values))[3]]
     selection = select(manifests, store, "sharpness > quantile(0.25)", cache_folder=str(tmp_path / "cache"))
     assert [shard * 10 + row for shard, row in selection.locate(np.arange(len(selection)))] == kept
-
-
-@pytest.mark.slow
-def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    """Whole process groups are killed: the job and its tasks."""
-    names = ("sharpness", "perceptual_hash", "content_hash", "duplicates")
-    command = ["max_errors=0.2", "filter=[sharpness,duplicates]", "cluster.tasks=2"]
-    write_shards(tmp_path / "undisturbed", 40, 25)
-    store = Store()
-    ensure_indexed(store.expand(str(tmp_path / "undisturbed")), store)
-    shutil.copytree(tmp_path / "undisturbed", tmp_path / "killed")
-    assert job(f"shards={tmp_path}/undisturbed", *command).returncode == 0
-    rng, folder, kills = np.random.default_rng(0), tmp_path / "killed", 0
-    deadline = time.monotonic() + 240
-    for count in (1, 30, 75, 115):  # score files there are when it is killed, and then some
-        process = subprocess.Popen(
-            [*CURATE, f"shards={folder}", *command],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while process.poll() is None and sum(len(scores_of(folder, n)) for n in names) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.02))
-        kills += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for path in folder.glob("[!.]*.parquet"):
-            pq.read_table(path)  # whole
-    assert kills >= 3
-    assert job(f"shards={folder}", *command).returncode == 0
-    for name in names:
-        assert scores_of(folder, name) == scores_of(tmp_path / "undisturbed", name)
-        assert len(scores_of(folder, name)) == 40
-    assert {p.suffix for p in folder.iterdir()} == {".tar", ".parquet"}
 
 
 def test_a_single_task_scores_its_own_shards_and_a_last_run_the_rest(tmp_path):
