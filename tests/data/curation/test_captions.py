@@ -63,6 +63,31 @@ def test_a_chat_model_answers_and_the_request_is_no_part_of_the_caption(tmp_path
     assert len(set(alone)) > 1
 
 
+def test_a_model_writes_for_a_picture_in_a_batch_what_it_writes_for_it_alone(tmp_path):
+    """Requests have unequal lengths, of which shorter ones are padded where no answer goes on from."""
+    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+    folder = save_llava(tmp_path, tiled=True)
+    model, processor = (
+        LlavaNextForConditionalGeneration.from_pretrained(folder),
+        LlavaNextProcessor.from_pretrained(folder),
+    )
+    alone, lengths = [], set()
+    for sample in samples():
+        text = "USER: <image> describe the picture ASSISTANT:"
+        inputs = processor(images=Image.fromarray(sample.image), text=text, return_tensors="pt")
+        lengths.add(inputs.input_ids.shape[1])
+        written = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        answer = written[0, inputs.input_ids.shape[1] :]
+        alone.append(" ".join(processor.decode(answer, skip_special_tokens=True).split()))
+    assert len(lengths) > 2 and len(set(alone)) > 1
+    for batch in (1, 3, 5):
+        filter_ = Captioner(
+            str(folder), prompt="describe the picture", tokens=6, batch=batch, dtype="float32", device="cpu"
+        )
+        assert [row["synthetic_caption"] for row in filter_.score(samples())] == alone
+
+
 def test_a_pair_of_encoder_and_decoder_writes_too(tmp_path):
     from transformers import AutoTokenizer, VisionEncoderDecoderModel, ViTImageProcessorPil
 

@@ -82,13 +82,18 @@ def save_blip(folder: Path) -> Path:
     return folder
 
 
-def save_llava(folder: Path) -> Path:
-    """A LLaVA, which answers in a chat."""
+def save_llava(folder: Path, tiled: bool = False) -> Path:
+    """A LLaVA, which answers in a chat; `tiled`: a LLaVA-NeXT, which also cuts pictures into as many tiles as their
+    shapes ask for, so that requests have unequal lengths."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessorPil,
         LlavaConfig,
         LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
         LlavaProcessor,
         PreTrainedTokenizerFast,
     )
@@ -112,8 +117,12 @@ def save_llava(folder: Path) -> Path:
     vision = {**_VISION, "model_type": "clip_vision_model", "initializer_range": 0.5}
     torch.manual_seed(5)
     ids = {"image_token_id": vocabulary["<image>"], "pad_token_id": 0}
-    config = LlavaConfig(text_config={**text, "bos_token_id": 1, "eos_token_id": 2}, vision_config=vision, **ids)
-    model = LlavaForConditionalGeneration(config)
+    parts = {"text_config": {**text, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": vision, **ids}
+    grid = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [SIDE, 3 * SIDE]]}
+    if tiled:
+        model = LlavaNextForConditionalGeneration(LlavaNextConfig(**parts, **grid))
+    else:
+        model = LlavaForConditionalGeneration(LlavaConfig(**parts))
     model.lm_head.weight.data[: len(specials)] = 0  # words are likelier than special tokens
     model.save_pretrained(folder)
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
@@ -122,8 +131,9 @@ def save_llava(folder: Path) -> Path:
         "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(**size), tokenizer, patch_size=8, vision_feature_select_strategy="default",
+    images = LlavaNextImageProcessorPil(**size, **grid) if tiled else CLIPImageProcessorPil(**size)
+    processor = (LlavaNextProcessor if tiled else LlavaProcessor)(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
         chat_template=template, num_additional_image_tokens=1,
     )  # fmt: skip
     processor.save_pretrained(folder)
