@@ -168,7 +168,7 @@ def curate(
     local = [f for f in filters if isinstance(f, Filter)]
     due = _due(manifests, local, store, settings)
     if any(shard.filters for shard in due):
-        work = partial(_score_shards, manifests, local, due, store, settings)
+        work = partial(score_shards, manifests, local, due, store, settings)
         run_tasks(work, tasks, tasks.totals([manifest.rows for manifest in manifests]), "curate", log)
     if tasks.task is None:
         for one in filters:
@@ -192,7 +192,7 @@ def _check(filters: Sequence[Filter | GlobalFilter]) -> None:
 
 
 @dataclass(frozen=True)
-class _Due:
+class Due:
     """What is to be done of a shard.
 
     Args:
@@ -201,15 +201,15 @@ class _Due:
     """
 
     filters: list[str]
-    errors: dict[str, int]
+    errors: dict[str, int] = field(default_factory=dict)
 
 
-def _due(manifests: Sequence[Manifest], filters: Sequence[Filter], store: Store, settings: Settings) -> list[_Due]:
+def _due(manifests: Sequence[Manifest], filters: Sequence[Filter], store: Store, settings: Settings) -> list[Due]:
     """For each shard."""
     recipes = {f.name: recipe(f, settings) for f in filters}
 
-    def of_shard(manifest: Manifest) -> _Due:
-        due = _Due([], {})
+    def of_shard(manifest: Manifest) -> Due:
+        due = Due([])
         for name, wanted in recipes.items():
             found = read_scored(manifest, name, store)
             if found is None or found.recipe != wanted:
@@ -227,15 +227,15 @@ def _reason(name: str, reason: str) -> str:
     return f"{name}: {reason}"
 
 
-def _score_shards(
+def score_shards(
     manifests: Sequence[Manifest],
     filters: Sequence[Filter],
-    due: Sequence[_Due],
+    due: Sequence[Due],
     store: Store,
     settings: Settings,
     task: Task,
 ) -> None:
-    """What one task does."""
+    """What one task does: score its own shards, each with those of the filters that are due for it."""
     for shard in task.own(range(len(manifests))):
         manifest, wanted = manifests[shard], due[shard].filters
         task.skip(0 if wanted else manifest.rows, due[shard].errors)

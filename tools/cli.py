@@ -21,7 +21,7 @@ JOBS = {
     "study": ("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
     "plan": ("tools.plan", "what a run would need, without a GPU: memory of a rank, FLOPs, traffic, time, cost"),
-    "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, checkpoint, curate"),
+    "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, curate, selection ..."),
 }
 
 USAGE = """\

@@ -31,9 +31,10 @@ class ContentHash(Filter):
 
 
 def _content(sample: Media) -> bytes:
+    if sample.span is None:
+        return xxhash.xxh3_128_digest(sample.data)
     digest = xxhash.xxh3_128(sample.data)
-    if sample.span is not None:
-        digest.update(repr(sample.span).encode())
+    digest.update(repr(sample.span).encode())
     return digest.digest()
 
 

@@ -70,17 +70,18 @@ def _shapes(difference: np.ndarray, grey: np.ndarray, edges: np.ndarray, contras
     candidate &= (width <= 3 * height) & (12 * width >= height) & (area > 0.12 * width * height)
     candidate[0] = False  # the ground
     depth = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
-    pixels = np.flatnonzero(mask.view(bool))
-    owner = labels.ravel()[pixels].astype(np.intp)
-
-    def sums(values: np.ndarray, part: np.ndarray) -> np.ndarray:
-        return np.bincount(owner[part], values.ravel()[pixels[part]], count)
-
-    rim = np.flatnonzero(candidate[owner] & (depth.ravel()[pixels] < 1.5))
-    sharp = sums(edges, rim) > contrast * np.bincount(owner[rim], minlength=count)
-    candidate &= sharp
-    inside, chosen = np.flatnonzero(candidate[owner]), np.flatnonzero(candidate)
-    brightness, stroke = (sums(values, inside)[chosen] / area[chosen] for values in (grey, depth))
+    inside = mask.view(bool)
+    rim = np.flatnonzero(inside & (depth < 1.5))
+    owner = labels.ravel()[rim]
+    candidate &= np.bincount(owner, edges.ravel()[rim], count) > contrast * np.bincount(owner, minlength=count)
+    pixels = np.flatnonzero(inside)
+    owner = labels.ravel()[pixels]
+    of_candidates = np.flatnonzero(candidate[owner])
+    pixels, owner = pixels[of_candidates], owner[of_candidates]
+    chosen = np.flatnonzero(candidate)
+    brightness, stroke = (
+        np.bincount(owner, values.ravel()[pixels], count)[chosen] / area[chosen] for values in (grey, depth)
+    )
     return np.column_stack([boxes[chosen, :4], brightness, stroke])
 
 

@@ -6,14 +6,11 @@ where it fits, taking turns, and its memory is extrapolated.
 """
 
 import itertools
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +19,9 @@ from data.batch import PlannedSlice
 from data.buckets import Buckets, ConstantArea
 from data.compiled import Compiled, compile_sizes
 from data.plan import Plan, PlanSource
+from tools.bench.processes import in_process, memory
 
 Clock = Literal["wall", "process"]
-_MIB = 2**20
 _CHUNK = 1 << 20
 
 
@@ -93,17 +90,17 @@ def run(
             "served_lanes": served_lanes,
             "slice_size": slice_size,
             "clock": clock,
-            "compile_seconds": _in_process(_compile, full),
+            "compile_seconds": in_process(_compile, full),
         }
-        _in_process(_compile, small)
-        results["first_slice"] = _in_process(_starts, full, served_lanes, repeats)
-        results["rank"] = _in_process(_serve, full, served_lanes, repeats)
+        in_process(_compile, small)
+        results["first_slice"] = in_process(_starts, full, served_lanes, repeats)
+        results["rank"] = in_process(_serve, full, served_lanes, repeats)
         results["rank_with_all_lanes"] = {
-            "first_slice": _in_process(_starts, full, lanes, repeats),
-            **_in_process(_serve_some, full, lanes, repeats),
+            "first_slice": in_process(_starts, full, lanes, repeats),
+            **in_process(_serve_some, full, lanes, repeats),
         }
         results["samples_per_s_within_epoch_by_slice_size"] = {
-            size: _in_process(
+            size: in_process(
                 _serve_some, _Setting(scratch, rows, lanes, size, block, window, buckets, clock), served_lanes, repeats
             )["samples_per_s_within_epoch"]
             for size in other_slice_sizes
@@ -116,8 +113,8 @@ def _compare(setting: _Setting, full_rows: int, served_lanes: int, repeats: int)
     """One rank's share of an epoch, start to end, ours and by a permutation of all rows, alternating."""
     runs: dict[str, list[dict[str, float]]] = {"plan": [], "permutation": []}
     for _ in range(repeats):
-        runs["plan"].append(_in_process(_epoch, setting, served_lanes, _by_plan))
-        runs["permutation"].append(_in_process(_epoch, setting, served_lanes, _by_permutation))
+        runs["plan"].append(in_process(_epoch, setting, served_lanes, _by_plan))
+        runs["permutation"].append(in_process(_epoch, setting, served_lanes, _by_permutation))
     medians: dict[str, dict[str, float]] = {
         name: {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]} for name in runs
     }
@@ -160,11 +157,11 @@ def _starts(setting: _Setting, served_lanes: int, repeats: int) -> dict[str, flo
 
 def _serve(setting: _Setting, served_lanes: int, repeats: int) -> dict[str, Any]:
     """Samples per second within an epoch and over whole epochs, and the rank's memory after them."""
-    before = _memory()
+    before = memory()
     served = setting.rows * served_lanes // setting.lanes  # of an epoch, by this rank
     slices, within = _within_epoch(setting, served_lanes, repeats, epochs=1.2)
     over_all = [_rate(setting, slices, served) for _ in range(repeats)]
-    after = _memory()
+    after = memory()
     return {
         "samples_per_s_within_epoch": statistics.median(within),
         "samples_per_s_over_all": statistics.median(over_all),
@@ -178,7 +175,7 @@ def _serve(setting: _Setting, served_lanes: int, repeats: int) -> dict[str, Any]
 
 def _serve_some(setting: _Setting, served_lanes: int, repeats: int) -> dict[str, Any]:
     _, within = _within_epoch(setting, served_lanes, repeats, epochs=1.2)
-    return {"samples_per_s_within_epoch": statistics.median(within), "resident_mib": _memory()["VmRSS"]}
+    return {"samples_per_s_within_epoch": statistics.median(within), "resident_mib": memory()["VmRSS"]}
 
 
 def _within_epoch(
@@ -198,7 +195,7 @@ def _epoch(
     setting: _Setting, served_lanes: int, planner: Callable[[_Setting, int], Iterator[PlannedSlice]]
 ) -> dict[str, float]:
     """One rank's share of the first epoch, whatever has to be made ready for it included."""
-    before = _memory()["RssAnon"]
+    before = memory()["RssAnon"]
     begin = setting.now()
     slices = planner(setting, served_lanes)
     first = next(slices)
@@ -210,7 +207,7 @@ def _epoch(
     return {
         "first_slice_seconds": started,
         "samples_per_s": served / (setting.now() - begin),
-        "peak_private_mib": _memory()["VmHWM"] - _memory()["RssFile"] - before,
+        "peak_private_mib": memory()["VmHWM"] - memory()["RssFile"] - before,
     }
 
 
@@ -237,11 +234,6 @@ def _by_permutation(setting: _Setting, served_lanes: int) -> Iterator[PlannedSli
             yield PlannedSlice(step, lane, 0, int(of_bucket[chosen]), joined[chosen])
 
 
-def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def _rate(setting: _Setting, slices: Iterator[PlannedSlice], samples: int) -> float:
     served = 0
     begin = setting.now()
@@ -250,15 +242,6 @@ def _rate(setting: _Setting, slices: Iterator[PlannedSlice], samples: int) -> fl
         if served >= samples:
             break
     return served / (setting.now() - begin)
-
-
-def _memory() -> dict[str, float]:
-    """MiB resident: now (VmRSS), private (RssAnon), of files and so shared by ranks (RssFile), at the peak (VmHWM)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise ValueError("the plan's benchmark measures memory through /proc and needs Linux")
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return {name: int(fields[name].split()[0]) * 1024 / _MIB for name in ("VmRSS", "RssAnon", "RssFile", "VmHWM")}
 
 
 # Simulated samples
