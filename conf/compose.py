@@ -24,7 +24,7 @@ _OPEN = re.compile(
     r"|networks)[.=]"
 )
 # Keys that hold a name, which is text even where it looks like a number: samples.ema=1000, name=7.
-_NAMES = ("name", "average", "validation.ema", "samples.ema", "init_from.ema")
+_NAMES = ("name", "run", "average", "validation.ema", "samples.ema", "init_from.ema")
 
 
 def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] = "refuse") -> DictConfig:

@@ -57,21 +57,22 @@ class _Attempt:
         self._received: list[signal.Signals] = []
         self._warned_at = 0.0
         self._step: Step | None = None
+        self._nodes = queue.hosts(os.environ["SLURM_JOB_NODELIST"])
         self._excluded = {node for row in self._rows("requeued") for node in row["excluded"]}
 
     def run(self) -> None:
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        for name in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(name, self._receive)
         self._close_earlier()
         progress = self._progress()
         if progress is not None and progress.finished:
             self._chain.add("ended", self._job, outcome="finished", reason="nothing was left to do")
             return
         self._give_up_without_progress()
-        nodes = queue.hosts(os.environ["SLURM_JOB_NODELIST"])
         done = None if progress is None else progress.done
-        self._chain.add("started", self._job, attempt=len(self._rows("started")) + 1, nodes=nodes, progress=done)
-        outcome = self._try(nodes)
+        number = len(self._rows("started")) + 1
+        self._chain.add("started", self._job, attempt=number, nodes=self._nodes, progress=done)
+        outcome = self._try(self._nodes)
         log.info("%s %s", outcome.word, outcome.reason)
         self._chain.add("ended", self._job, outcome=outcome.word, reason=outcome.reason)
         if outcome.word == "finished":
@@ -79,13 +80,20 @@ class _Attempt:
         if outcome.hopeless:
             self._give_up(outcome.reason)
         entry = queue.entries([self._job]).get(self._job)
-        if self._rows("cancelled") or entry is None or entry.state != "RUNNING":
-            return  # cancelled, at its limit, or being queued again by SLURM
+        if self._rows("cancelled") or entry is None or entry.ended:
+            return
         self._give_up_without_progress()
-        self._excluded |= set(outcome.bad_nodes)
-        self._give_up_without_nodes()
-        self._chain.add("requeued", self._job, excluded=sorted(self._excluded))
-        queue.requeue(self._job, self._excluded)
+        excluded = self._excluded | set(outcome.bad_nodes)
+        if not self._enough_without(excluded):
+            if outcome.word == "unhealthy":
+                self._give_up(f"too few nodes are left without {', '.join(sorted(excluded))}: {outcome.reason}")
+            excluded = self._excluded
+        # By SLURM, in the midst of ending this process, where a node has failed or someone has asked for it.
+        self._chain.add("requeued", self._job, excluded=sorted(excluded))
+        if entry.state == "RUNNING":
+            queue.requeue(self._job)
+        if excluded:
+            queue.exclude(self._job, excluded)
 
     def _try(self, nodes: Sequence[str]) -> Outcome:
         """Check the nodes and run the commands on as many of them as the ranks can be spread over."""
@@ -111,8 +119,9 @@ class _Attempt:
                 return Outcome("stopped", "a signal reached the ranks")
         return Outcome("finished")
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self._received.append(signal.Signals(number))
+    def _receive(self, received: int, _: FrameType | None) -> None:
+        number = signal.Signals(received)
+        self._received.append(number)
         self._warned_at = self._warned_at or time.monotonic()
         if self._step is not None:
             self._step.signal(number)
@@ -124,6 +133,8 @@ class _Attempt:
     def _signalled(self, more: str = "") -> Outcome:
         """What the first signal meant: SIGUSR1 comes before the time limit and, on some clusters, before preemption."""
         if self._received[0] == signal.SIGTERM:
+            if down := queue.broken(self._nodes):
+                return Outcome("failed", f"lost with {', '.join(down)}", tuple(down))
             return Outcome("stopped", f"SIGTERM{more}")
         entry = queue.entries([self._job]).get(self._job)
         left = entry.seconds_left if entry else None
@@ -155,13 +166,9 @@ class _Attempt:
             last = in_vain[0]
             self._give_up(f"{limit} starts made no progress{where}; the last: {last['outcome']}, {last['reason']}")
 
-    def _give_up_without_nodes(self) -> None:
-        partition = os.environ.get("SLURM_JOB_PARTITION", "")
-        lines = queue.command("sinfo", "-h", "-N", "-p", partition, "-o", "%N").splitlines() if partition else []
-        left = {line.strip() for line in lines} - self._excluded
-        if lines and len(left) < self._work.node_counts[0]:
-            names = ", ".join(sorted(self._excluded))
-            self._give_up(f"without the bad nodes ({names}) partition {partition} has only {len(left)} left")
+    def _enough_without(self, nodes: set[str]) -> bool:
+        """Whether the job can start at all without these nodes."""
+        return len(queue.nodes_of(os.environ["SLURM_JOB_PARTITION"]) - nodes) >= self._work.node_counts[0]
 
     def _give_up(self, reason: str) -> None:
         self._chain.add("given up", self._job, reason=reason)

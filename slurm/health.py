@@ -96,7 +96,8 @@ def main(folder: Path, gpus: int, nodes: Sequence[str]) -> None:
         scratch.write_text(json.dumps(asdict(report)))
         scratch.replace(folder / f"{me}.json")
 
-    report.faults += [*_disk_faults(folder), *_disk_faults(Path(tempfile.gettempdir())), *_device_faults(gpus)]
+    temporary = Path(os.environ.get("TMPDIR", tempfile.gettempdir()))  # which passes over one that is full
+    report.faults += [*_disk_faults(folder), *_disk_faults(temporary), *_device_faults(gpus)]
     write()
     if len(nodes) > 1:
         _meet(nodes, nodes.index(me), gpus > 0, report)
@@ -112,9 +113,10 @@ def _disk_faults(folder: Path) -> list[str]:
             file.flush()
             os.fsync(file.fileno())
         read = path.read_bytes()
-        path.unlink()
     except OSError as error:
         return [f"cannot write to {folder}: {error.strerror}"]
+    finally:
+        path.unlink(missing_ok=True)
     return [] if read == content else [f"{folder} gives back other bytes than were written"]
 
 

@@ -5,6 +5,7 @@ squeue and scontrol answer on every cluster; sacct, which remembers more, only w
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,12 +48,16 @@ def command(*words: str) -> str:
     Raises:
         SlurmError: it fails, is not installed, or does not answer within a minute.
     """
+    # SLURM signals every process of a job that it ends; blocked, which children inherit, lets this one finish.
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except FileNotFoundError as error:
         raise SlurmError(f"no {words[0]} here: cluster=slurm works where SLURM's commands are") from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{words[0]} has not answered within {_TIMEOUT_S:g} s") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
     if done.returncode:
         raise SlurmError(f"{words[0]}: {done.stderr.strip() or f'status {done.returncode}'}")
     return done.stdout
@@ -113,14 +118,19 @@ def this_job() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
-def requeue(job: str, excluded: Iterable[str] = ()) -> None:
-    """Put a job back into the queue, whatever it does now; it is to take none of the excluded nodes.
-
-    Nodes can be excluded only while a job waits. It does for some seconds, before which SLURM does not start it again.
-    """
+def requeue(job: str) -> None:
+    """Put a job back into the queue, whatever it does now."""
     command("scontrol", "requeue", job)
-    if nodes := ",".join(sorted(set(excluded))):
-        command("scontrol", "update", f"jobid={job}", f"ExcNodeList={nodes}")
+
+
+def exclude(job: str, nodes: Iterable[str]) -> None:
+    """Have a job that waits take none of these nodes. One that was just requeued waits for some seconds at least."""
+    command("scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(sorted(set(nodes)))}")
+
+
+def nodes_of(partition: str) -> set[str]:
+    """The names of a partition's nodes."""
+    return set(command("sinfo", "-h", "-N", "-p", partition, "-o", "%N").split())
 
 
 def cancel(job: str) -> None:

@@ -40,8 +40,6 @@ class Resources:
     min_bandwidth: PositiveFloat | None
     tasks: PositiveInt
     max_parallel: PositiveInt | None
-    runs: str
-    name: str | None
 
     def __post_init__(self) -> None:
         if self.min_nodes is not None and self.min_nodes > self.nodes:

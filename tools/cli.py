@@ -21,8 +21,13 @@ JOBS = {
     "study": ("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
     "plan": ("tools.plan", "what a run would need, without a GPU: memory of a rank, FLOPs, traffic, time, cost"),
+    "jobs": ("tools.jobs", "what was submitted with cluster=slurm, and how it goes"),
+    "logs": ("tools.logs", "the last lines that a submitted run wrote: millrace logs <run>"),
+    "cancel": ("tools.cancel", "end a submitted run: millrace cancel <run>"),
     "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, curate, selection ..."),
 }
+
+_TAKES_A_RUN = ("logs", "cancel")
 
 USAGE = """\
 usage: millrace <job> [key=value ...] [group=choice ...]
@@ -31,7 +36,8 @@ jobs:
 {jobs}
 
 Every job is a Hydra config. `millrace <job> --help` lists its keys and groups, `millrace <job> ... --cfg` prints the
-composed config, `scale=tiny` shrinks any experiment to a CPU, `cluster.processes=2` starts that many ranks here.
+composed config, `scale=tiny` shrinks any experiment to a CPU, `cluster.processes=2` starts that many ranks here, and
+`cluster=slurm` submits the job instead.
 """
 
 
@@ -95,6 +101,8 @@ def _run(job: str, overrides: list[str]) -> None:
 
         plan(overrides)
         return
+    if job in _TAKES_A_RUN:  # and `millrace logs first` for `millrace logs run=first`
+        overrides = [o if "=" in o else f"run={o}" for o in overrides]
     config = compose(job, overrides)
     if show:
         from omegaconf import OmegaConf

@@ -28,9 +28,8 @@ from slurm.submit import submit
 from slurm.work import Progress, Work
 from tools.cli import JOBS
 from tools.snapshot import keep_code, keep_command
+from tools.submitted import CHAIN
 
-CHAIN = "slurm.jsonl"
-"""In the folder of what was submitted: its history, or that of an array and of what comes after it."""
 _OF_CLUSTER = re.compile(r"[+~]*cluster\b")
 
 
@@ -118,9 +117,8 @@ def check_job(job: str, overrides: Sequence[str]) -> Checked:
     config = compose(job, [*own, "cluster=tasks", f"cluster.tasks={resources.tasks}"] if in_tasks else own)
     check(config, module.Config)
     counts = [1] if in_tasks else _node_counts(module, config, resources)
-    name = str(config.get("name") or resources.name or job)
-    check_name(name)
-    folder = Path(config.get("runs", resources.runs)).absolute() / name
+    check_name(str(config.name))
+    folder = Path(config.runs).absolute() / str(config.name)
     checked = Checked(job, own, config, resources, in_tasks, counts, folder)
     _refuse_twice(checked)
     return checked

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -131,6 +131,8 @@ def start(device: str = "auto", timeout_s: float = 1800.0) -> World:
         backend = "cpu:gloo,cuda:nccl"
     else:
         chosen, backend = torch.device("cpu"), "gloo"
+    # How many collectives torch keeps a record of, which `HangWatch` writes down.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if not dist.is_initialized():
         if place is None:
             file = Path(tempfile.mkdtemp(prefix="millrace-")) / "rendezvous"
@@ -193,6 +195,18 @@ def barrier() -> None:
 def is_main() -> bool:
     """Whether this process writes what is written once."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def collectives() -> int:
+    """How many collectives this rank has entered, over all its process groups.
+
+    Torch counts them for its own check that ranks agree, and has no public name for that.
+    """
+    count = 0
+    for group in dist.distributed_c10d._world.pg_map:
+        backends: dict[int, Any] = {id(b): b for b in map(group._get_backend, group._device_types)}
+        count += sum(backend._get_sequence_number_for_group() for backend in backends.values())
+    return count
 
 
 def all_reduce_sum(values: Mapping[str, float], device: torch.device | str = "cpu") -> dict[str, float]:

@@ -26,6 +26,7 @@ def rehearse(
     slices: int,
     arrange: Callable[[list[Batch]], list[Batch]],
     encoding: Encoding | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> None:
     """Forward and backward through all phases at each shape; collective. Gradients are dropped.
 
@@ -35,6 +36,7 @@ def rehearse(
         slices: that a rank serves in a step; as many as one pass takes are rehearsed.
         arrange: slices to passes, as in training.
         encoding: that slices come with.
+        alive: called after each shape: compiling takes long.
 
     Raises:
         ValueError: a shape does not fit into the GPU's memory; names it.
@@ -53,6 +55,7 @@ def rehearse(
                     " or turn on engine.activation_checkpointing"
                 ) from error
             engine.discard(phase)
+        alive()
     log.info("rehearsed %d shapes", len(buckets))
 
 

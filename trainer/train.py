@@ -20,7 +20,7 @@ from trainer.config import Config as Config
 from trainer.config import preflight as preflight
 from trainer.distributed import World, barrier, first_on_node, joined
 from trainer.encodings import use_encodings
-from trainer.hang import HangReport
+from trainer.hang import HangWatch
 from trainer.hardware import peak_flops
 from trainer.init_from import InitFrom
 from trainer.loop import Callback, Run, fit
@@ -126,6 +126,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     barrier()
 
     # What happens between steps.
+    hang = HangWatch(config.hang_timeout, directory.path / "logs", world)
     meter = Meter(objective.phases, config.batch, world.device)
     wandb = WandbConfig(**config.log.wandb) if config.log.wandb is not None else None
     tracker = resources.enter_context(Tracker(directory, plain, config.steps, state.step, wandb, world.is_main))
@@ -148,7 +149,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     callbacks: list[Callback] = [UpdateEma(ema), logging_, Every(serving.flush, config.log.every, config.steps, meter)]
     if held_out is not None and config.validation.every is not None:
         batches = validation_batches(held_out, config.validation.samples, arrange.size, world.rank, world.size)
-        validation = Validation(batches)
+        validation = Validation(batches, hang.beat)
         logging_.validate_every = config.validation.every
         logging_.validate = lambda: validation(objective, engine, ema, config.validation.ema)
     if config.samples.every is not None:
@@ -161,10 +162,9 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     callbacks.append(Every(lambda step: None if loop.bad_steps else save(step), policy.every, config.steps, meter))
 
     # The loop.
-    hang = HangReport(config.hang_timeout, directory.path / "logs" / f"hang_of_rank_{world.rank}.txt")
     callbacks.append(resources.enter_context(hang))
     if config.rehearse:
-        rehearse(objective, engine, shapes, slice_size, len(mine), arrange, data.encoding)
+        rehearse(objective, engine, shapes, slice_size, len(mine), arrange, data.encoding, hang.beat)
     meter.flops_per_sample = sum(share * objective.flops(networks, shape) for shape, share in shares.items())
     peak = config.log.peak_flops or peak_flops(world.device)
     meter.peak_flops = peak * world.size if peak else None

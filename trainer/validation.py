@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -34,10 +34,11 @@ class Validation:
     Args:
         batches: this rank's share of them; all ranks must have the same number of batches. Samples whose key is "" only
             fill a batch up, and do not count.
+        alive: called after each batch: validation may take long.
     """
 
-    def __init__(self, batches: Sequence[Batch]):
-        self.batches = batches
+    def __init__(self, batches: Sequence[Batch], alive: Callable[[], None] = lambda: None):
+        self.batches, self._alive = batches, alive
 
     @torch.no_grad()
     def __call__(self, objective: Validates, engine: Engine, ema: Ema, length: str | None) -> dict[str, float]:
@@ -53,6 +54,7 @@ class Validation:
                 sums["count"] += float(counts.sum())
                 for name, values in objective.validation_losses(engine.networks, batch.to(engine.device)).items():
                     sums[f"val/{name}"] += values[counts].double().sum().item()
+                self._alive()
         sums = all_reduce_sum(sums, engine.device)
         count = sums.pop("count")
         return {name: total / count for name, total in sums.items()}

@@ -25,7 +25,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -83,9 +83,12 @@ class Lab:
 
     def __init__(self, folder: Path, nodes: int = 4):
         self.folder, self.nodes = folder, nodes
-        self._tag = f"mr{os.getpid() % 100_000}"
+        self._tag = f"mr{os.getpid()}"
         self._net = f"10.{130 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
         self.environment = {"SLURM_CONF": f"{folder}/slurm.conf"}
+        for left in {path.name.partition("-")[0] for path in Path("/run/netns").glob("mr*-*")}:
+            if not Path(f"/proc/{left.removeprefix('mr')}").exists():  # a lab whose tests were killed
+                _take_down(left)
         try:
             self._start()
         except BaseException:
@@ -139,7 +142,7 @@ class Lab:
         return _do(*command, environment=self.environment)
 
     def start_slurmd(self, node: int) -> None:
-        """Start a node's daemon: at first, and after `kill_slurmd`."""
+        """Start a node's daemon: at first, and after `kill_node`."""
         script = (
             f"hostname node{node} && mount --bind {self.folder}/hosts /etc/hosts"
             f" && mount --bind {self.folder}/nsswitch.conf /etc/nsswitch.conf && exec slurmd -N node{node}"
@@ -147,12 +150,14 @@ class Lab:
         space = f"--net=/run/netns/{self._tag}-{node}"
         _do("nsenter", space, "unshare", "--uts", "--mount", "sh", "-c", script, environment=self.environment)
 
-    def kill_slurmd(self, node: int) -> None:
+    def kill_node(self, node: int) -> None:
         """Kill a node's daemon and all that runs on the node: what the loss of a machine is to the others."""
-        inode = Path(f"/run/netns/{self._tag}-{node}").stat().st_ino
-        for process in Path("/proc").iterdir():
-            if process.name.isdigit() and _namespace(process) == inode:
-                os.kill(int(process.name), signal.SIGKILL)
+        _kill_all_in(f"{self._tag}-{node}")
+
+    def on_node(self, node: int, *command: str) -> None:
+        """Run a command as root in a node's namespaces."""
+        daemon = (self.folder / f"slurmd-node{node}.pid").read_text().strip()
+        _do("nsenter", f"--target={daemon}", "--net", "--mount", *command)
 
     def cut(self, node: int) -> None:
         """Cut a node's link; what runs there goes on."""
@@ -172,11 +177,7 @@ class Lab:
 
     def close(self) -> None:
         """End the nodes with all that runs on them, the controller and munge, and take the network down."""
-        for i in range(1, self.nodes + 1):
-            if Path(f"/run/netns/{self._tag}-{i}").exists():
-                self.kill_slurmd(i)
-                subprocess.run(["ip", "netns", "del", f"{self._tag}-{i}"], check=False)
-        subprocess.run(["ip", "link", "del", self._tag], check=False, capture_output=True)
+        _take_down(self._tag)
         for name in ("slurmctld.pid", "munged.pid"):
             if (self.folder / name).exists():
                 os.kill(int((self.folder / name).read_text()), signal.SIGKILL)
@@ -197,6 +198,21 @@ def _do(*command: str, environment: dict[str, str] | None = None) -> str:
     if done.returncode:
         raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
     return done.stdout
+
+
+def _take_down(tag: str) -> None:
+    """End all that runs in a lab's namespaces, and remove them and the bridge."""
+    for space in Path("/run/netns").glob(f"{tag}-*"):
+        _kill_all_in(space.name)
+        subprocess.run(["ip", "netns", "del", space.name], check=False)
+    subprocess.run(["ip", "link", "del", tag], check=False, capture_output=True)
+
+
+def _kill_all_in(space: str) -> None:
+    inode = Path(f"/run/netns/{space}").stat().st_ino
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and _namespace(process) == inode:
+            os.kill(int(process.name), signal.SIGKILL)
 
 
 def _namespace(process: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Objectives that go wrong at chosen steps, on lane 0 only: other ranks must learn of it."""
+"""Objectives that go wrong at chosen steps, on one lane only: other ranks must learn of it."""
 
 import time
 from collections.abc import Mapping
@@ -18,16 +18,17 @@ class Faulty(Diffusion):
 
     Args:
         steps: the faulty ones.
+        lane: the faulty one.
     """
 
-    def __init__(self, steps: list[int], **diffusion: Any):
+    def __init__(self, steps: list[int], lane: int = 0, **diffusion: Any):
         super().__init__(**diffusion)
-        self.steps = steps
+        self.steps, self.lane = steps, lane
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         losses = super().losses(phase, networks, batch)
         step, lane, _ = batch.draws.places[0]
-        return self.fault(losses) if step in self.steps and lane == 0 else losses
+        return self.fault(losses) if step in self.steps and lane == self.lane else losses
 
     def fault(self, losses: Losses) -> Losses:
         raise NotImplementedError
@@ -48,6 +49,23 @@ class StuckAt(Faulty):
         return losses
 
 
+class SleepsForever(Faulty):
+    """A rank that goes no further, while the others wait for it in a collective."""
+
+    def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
+        step, lane, _ = batch.draws.places[0]
+        if step in self.steps and lane == self.lane:
+            time.sleep(1e6)
+        return super().losses(phase, networks, batch)
+
+
+class FailsAt(Faulty):
+    """An error."""
+
+    def fault(self, losses: Losses) -> Losses:
+        raise RuntimeError("failed on purpose")
+
+
 class FailsOnceAt(Faulty):
     """An error, the first time only: the file `marker` remembers."""
 
@@ -60,3 +78,19 @@ class FailsOnceAt(Faulty):
             self.marker.touch()
             raise RuntimeError("failed on purpose")
         return losses
+
+
+class Slow(Diffusion):
+    """A pass that takes a while, so that there is time to disturb the run.
+
+    Args:
+        seconds: of a pass.
+    """
+
+    def __init__(self, seconds: float, **diffusion: Any):
+        super().__init__(**diffusion)
+        self.seconds = seconds
+
+    def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
+        time.sleep(self.seconds)
+        return super().losses(phase, networks, batch)

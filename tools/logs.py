@@ -1,0 +1,40 @@
+"""The `logs` job: the last lines of what a submitted run wrote."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from slurm.step import log_of
+from tools.submitted import Job, named
+
+
+@dataclass
+class Config:
+    """conf/logs.yaml."""
+
+    run: str
+    runs: str
+    task: NonNegativeInt
+    element: NonNegativeInt | None
+    lines: PositiveInt
+
+
+def run(config: Any) -> None:
+    """Print, for each job of the run, what its batch script and its task have written last."""
+    for job in named(config.runs, config.run):
+        for path in _files(job, config.task, config.element or 0):
+            print(f"==> {path}")
+            if path.exists():
+                lines = path.read_text(errors="replace").splitlines()[-config.lines :]
+                # Of a progress bar, what a terminal would show.
+                print("\n".join(line.rpartition("\r")[2] for line in lines))
+
+
+def _files(job: Job, task: int, element: int) -> Iterator[Path]:
+    in_array = len(job.elements) > 1
+    yield job.kept / "submitit" / (f"{job.id}_{element}_0_log.out" if in_array else f"{job.id}_0_log.out")
+    part = f"element_{element}" if "elements" in job.row else "rest" if "after" in job.row else ""
+    yield log_of(job.kept / "logs" / part, str(task))
