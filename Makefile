@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-cluster lint
 install: $(VENV)/.installed
 # constraints.txt pins what was tested together; on a machine with CUDA the same line takes torch's CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -17,7 +17,11 @@ demo: install
 	$(BIN)/python -m tools.demo
 
 test: install
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -m "not cluster" tests
+
+# On a SLURM cluster of network namespaces that the tests start: as root, with Debian's packages.
+test-cluster: install
+	$(BIN)/python -m pytest -q -rs -m cluster tests
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -17,6 +17,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_two_nodes_give_the_losses_of_one_process(lab, folder, launcher):
     alone = train_on(1, folder, f"data.sources.scenes.shards={folder}/scenes", f"name=alone_{launcher}")
