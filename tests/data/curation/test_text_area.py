@@ -63,7 +63,7 @@ def write_lines(pixels: np.ndarray, color: int, seed: int) -> float:
     ids=["black on white", "white on dark", "white on a picture"],
 )
 def test_the_area_of_drawn_text_is_found_within_a_fifth(ground, color):
-    for seed in range(8):
+    for seed in range(20):
         pixels = ground(seed)
         text_filter = TextArea(Components())
         assert text_filter.score([media(pixels)])[0]["text_area"] == 0
