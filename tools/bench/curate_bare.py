@@ -29,23 +29,32 @@ def blank(pixels: np.ndarray) -> tuple[float, float]:
     return cv2.meanStdDev(grey)[1][0, 0], np.convolve(counts, np.ones(9), "valid").max() / grey.size
 
 
-_PERCEPTUAL = [(0, 0, 128)] + [
-    (top, left, side)
-    for side in (122, 115)
-    for top, left in (((128 - side) // 2,) * 2, (0, 0), (0, 128 - side), (128 - side, 0), (128 - side, 128 - side))
-]
+def _windows(side: int) -> list[tuple[slice, slice]]:
+    """All of a square picture, and ten windows that leave off a twentieth or a tenth of its sides."""
+    windows = [(slice(None), slice(None))]
+    for share in (0.05, 0.1):
+        length = round(side * (1 - share))
+        rest = side - length
+        for top, left in ((rest // 2, rest // 2), (0, 0), (0, rest), (rest, 0), (rest, rest)):
+            windows.append((slice(top, top + length), slice(left, left + length)))
+    return windows
 
 
-def perceptual_hash(pixels: np.ndarray) -> list[bytes]:
-    """pHash of the picture and of ten windows."""
-    grey = cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (128, 128), interpolation=cv2.INTER_AREA)
+_OF_GREY, _OF_COLORS = _windows(128), _windows(40)
+
+
+def perceptual_hash(pixels: np.ndarray) -> tuple[list[bytes], list[bytes]]:
+    """pHash and the mean colours of 4 x 4 fields, of the picture and of ten windows."""
+    square = cv2.resize(pixels, (128, 128), interpolation=cv2.INTER_AREA)
+    grey = cv2.cvtColor(square, cv2.COLOR_RGB2GRAY)
     hashes = []
-    for top, left, side in _PERCEPTUAL:
-        window = grey[top : top + side, left : left + side]
-        small = cv2.resize(window, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    for window in _OF_GREY:
+        small = cv2.resize(grey[window], (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
         low = cv2.dct(small)[:8, :8].ravel()
         hashes.append(np.packbits(low > np.median(low[1:])).tobytes())
-    return hashes
+    colors = cv2.resize(square, (40, 40), interpolation=cv2.INTER_AREA)
+    fields = [cv2.resize(colors[window], (4, 4), interpolation=cv2.INTER_AREA).tobytes() for window in _OF_COLORS]
+    return hashes, fields
 
 
 def content_hash(data: bytes) -> bytes:
