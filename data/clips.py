@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
-from data.manifest import SUFFIX, Manifest, open_parquet, read_manifest, told_by, write
+from data.manifest import SUFFIX, Manifest, read_manifest, write
+from data.parquet import open_parquet, told_by
 from data.scores import open_scores, read_scored
 from data.store import Store, redact
 

@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from data.hashing import text64
-from data.manifest import HASHES, STRUCTURE, Checksum, Manifest, open_parquet
+from data.manifest import HASHES, STRUCTURE, Checksum, Manifest
 from data.media_size import MediaSize, image_size, media_member, video_size
+from data.parquet import open_parquet
 from data.ranged_file import RangedFile
 from data.store import Identity, Store, StoreError, redact
 from data.tar_index import Member, Problem, Sample, read_samples

@@ -16,7 +16,6 @@ In the folder of a shard's manifest lies, for an encoding `name`,
 The Parquet file is written last. Its metadata name what made the encoding, and the state of the shard.
 """
 
-import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from data.buckets import Bucket
-from data.manifest import SUFFIX, Manifest, open_parquet, to_parquet, told_by
+from data.manifest import SUFFIX, Manifest
+from data.parquet import open_parquet, to_parquet, told_at
 from data.store import Store, redact
 from models.conditioner import Outputs
 
@@ -329,14 +329,9 @@ def _write_tar(file: BinaryIO, samples: Iterable[Encoded]) -> Iterable[tuple[Enc
 
 def read_stored(manifest: Manifest, name: str, store: Store) -> Stored | None:
     """What is there of a shard in an encoding; None where there is nothing, or only of another state of the shard."""
-    url = encoded_url(manifest.url, name, ".parquet")
-    if not store.exists(url) or not store.exists(encoded_url(manifest.url, name, ".tar")):
+    if not store.exists(encoded_url(manifest.url, name, ".tar")):
         return None
-    try:
-        with open_parquet(url, store) as file:
-            told = told_by(file)
-    except (pa.ArrowInvalid, json.JSONDecodeError):
-        return None  # not a Parquet file: encode again
+    told = told_at(encoded_url(manifest.url, name, ".parquet"), store)
     state = (told.get("version"), told.get("identity"), told.get("digest"))
     if state != (VERSION, manifest.identity, manifest.digest):
         return None

@@ -16,22 +16,20 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from data.hashing import text64
+from data.parquet import to_parquet, told_at
 from data.store import Identity, Store, local_path, protocol_of, redact
 from data.tar_index import Problem
 
 VERSION = 1
 SUFFIX = ".manifest.parquet"
-ROW_GROUP = 4096
 PROBLEMS_KEPT = 200
 """Problems listed in full per shard; all are counted."""
 
 Checksum = Literal["xxh128", "sha256"]
 HASHES: dict[str, Callable[[], Any]] = {"xxh128": xxhash.xxh3_128, "sha256": hashlib.sha256}
-_META = b"millrace"
 
 STRUCTURE = {
     "key": pa.string(),
@@ -132,39 +130,9 @@ def write(
     return manifest
 
 
-def to_parquet(table: pa.Table, told: dict[str, Any]) -> bytes:
-    """A table as Parquet, compressed with zstd, with our metadata."""
-    sink = pa.BufferOutputStream()
-    table = table.replace_schema_metadata({_META: json.dumps(told)})
-    # Dictionaries pay for repeated strings, and only cost where numbers hardly repeat.
-    texts = [f.name for f in table.schema if pa.types.is_string(f.type)] + ["extensions.list.element"]
-    pq.write_table(
-        table, sink, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=texts, write_statistics=False
-    )
-    return sink.getvalue().to_pybytes()
-
-
-def open_parquet(url: str, store: Store) -> pq.ParquetFile:
-    """A Parquet file of any store."""
-    if protocol_of(url) == "file":
-        return pq.ParquetFile(local_path(url))
-    return pq.ParquetFile(pa.PythonFile(store.open(url, block=1 << 20), mode="r"))
-
-
-def told_by(file: pq.ParquetFile) -> dict[str, Any]:
-    """Our metadata of a Parquet file; empty for a file that is not ours."""
-    return json.loads((file.schema_arrow.metadata or {}).get(_META, b"{}"))
-
-
 def read_manifest(shard: str, url: str, store: Store) -> Manifest | None:
     """What the manifest file says, or None where there is none that this version can read."""
-    if not store.exists(url):
-        return None
-    try:
-        with open_parquet(url, store) as file:
-            told = told_by(file)
-    except (pa.ArrowInvalid, json.JSONDecodeError):
-        return None  # not a Parquet file: index again
+    told = told_at(url, store)
     return parse_told(told, shard, url) if told.get("version") == VERSION else None
 
 

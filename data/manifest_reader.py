@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.manifest import ROW_GROUP, open_parquet, parse_told, told_by
+from data.manifest import parse_told
+from data.parquet import ROW_GROUP, open_parquet, told_by
 from data.scores import open_scores, score_names
 from data.store import Store, redact
 

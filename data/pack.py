@@ -20,13 +20,14 @@ import xxhash
 
 from conf.errors import mistakes
 from data.clips import CLIPS_SUFFIX
-from data.manifest import STRUCTURE, Checksum, open_parquet
+from data.manifest import STRUCTURE, Checksum
 from data.manifest_reader import ManifestReader
 from data.members import ContentError
 from data.packing.order import Order, make_order
 from data.packing.pictures import Format, Pictures
 from data.packing.samples import Contents, Packed, Part, Row, check_columns, fetch, pack
 from data.packing.shards import Report, read_report, write_shard
+from data.parquet import open_parquet
 from data.scores import open_scores, read_scored, score_names
 from data.selection import Selection
 from data.store import Store, protocol_of, redact, remove_leftovers

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.manifest import STRUCTURE, Manifest, open_parquet
+from data.manifest import STRUCTURE, Manifest
+from data.parquet import open_parquet
 from data.scores import open_scores, score_names
 from data.store import Store
 from data.where import Where, WhereError, first_line

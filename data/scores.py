@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data.manifest import STRUCTURE, SUFFIX, Manifest, open_parquet, to_parquet, told_by
+from data.manifest import STRUCTURE, SUFFIX, Manifest
+from data.parquet import open_parquet, to_parquet, told_at, told_by
 from data.store import Identity, Store, StoreError, redact
 
 VERSION = 1
@@ -127,15 +128,8 @@ def write_scores(
 
 def read_scored(manifest: Manifest, name: str, store: Store) -> Scored | None:
     """What is known of a filter's scores for a shard; None where there are none of the shard as it is now."""
-    url = score_url(manifest.url, name)
-    if not store.exists(url):
-        return None
-    try:
-        with open_parquet(url, store) as file:
-            told, rows = told_by(file), file.metadata.num_rows
-    except (pa.ArrowInvalid, json.JSONDecodeError):
-        return None  # not a Parquet file: score again
-    if told.get("version") != VERSION or not _belongs(told, rows, manifest) or "recipe" not in told:
+    told = told_at(score_url(manifest.url, name), store)
+    if told.get("version") != VERSION or not _belongs(told, manifest) or "recipe" not in told:
         return None
     return Scored(
         recipe=Recipe(**told["recipe"]),
@@ -145,9 +139,8 @@ def read_scored(manifest: Manifest, name: str, store: Store) -> Scored | None:
     )
 
 
-def _belongs(told: dict[str, Any], rows: int, manifest: Manifest) -> bool:
-    same = told.get("identity") == manifest.identity and told.get("digest") == manifest.digest
-    return same and rows == manifest.rows
+def _belongs(told: dict[str, Any], manifest: Manifest) -> bool:
+    return told.get("identity") == manifest.identity and told.get("digest") == manifest.digest
 
 
 def _content(scores: pa.Table) -> str:
@@ -185,7 +178,7 @@ def open_scores(manifest: Manifest, name: str, store: Store) -> pq.ParquetFile:
     score_identity(manifest, name, store)
     url = score_url(manifest.url, name)
     file = open_parquet(url, store)
-    if not _belongs(told_by(file), file.metadata.num_rows, manifest):
+    if not _belongs(told_by(file), manifest):
         file.close()
         raise ValueError(
             f"{redact(url)}: these scores belong to another state of {redact(manifest.shard)}, which changed since: "

@@ -16,9 +16,10 @@ from data.decode import MAX_PIXELS
 from data.encoded import Encoding
 from data.encoded_reader import EncodedReader
 from data.index import ensure_indexed
-from data.manifest import STRUCTURE, Checksum, Manifest, open_parquet
+from data.manifest import STRUCTURE, Checksum, Manifest
 from data.manifest_reader import ManifestReader
 from data.mixing import Mixture
+from data.parquet import open_parquet
 from data.plan import Plan, PlanSource
 from data.reader import ReaderSource, SliceReader
 from data.scores import open_scores, score_names

@@ -40,7 +40,8 @@ from data.encoded import (
     write_encoded,
     write_nulls,
 )
-from data.manifest import Manifest, open_parquet
+from data.manifest import Manifest
+from data.parquet import open_parquet
 from data.run_directory import RunDirectory, check_name
 from data.store import Store, redact, remove_leftovers
 from data.tars import Source, TarData

@@ -8,7 +8,8 @@ import xxhash
 
 from conf.errors import ConfigError
 from data.curation.base import GlobalFilter
-from data.manifest import Manifest, open_parquet
+from data.manifest import Manifest
+from data.parquet import open_parquet
 from data.scores import Recipe, as_json, open_scores, read_scored, score_names, write_scores
 from data.store import Store, redact
 from data.tracking import RunLog

@@ -7,8 +7,9 @@ import pyarrow as pa
 
 from data.clips import is_clips
 from data.curation.base import Kind, Media
-from data.manifest import Manifest, open_parquet
+from data.manifest import Manifest
 from data.media_size import media_member
+from data.parquet import open_parquet
 from data.store import Store
 
 LARGEST_GAP = 256 << 10

@@ -16,7 +16,7 @@ import xxhash
 
 from data.cache import make_once
 from data.hashing import mix64, permute, text64
-from data.manifest import open_parquet, told_by
+from data.parquet import open_parquet, told_by
 from data.selection import Selection
 from data.store import Store, cache_root, redact
 from data.tar_index import BLOCK

@@ -242,7 +242,7 @@ def test_scores_are_joined_and_refused_when_the_shard_changed(tmp_path):
 
 
 def test_a_reader_gives_rows_in_any_order_within_its_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.manifest.ROW_GROUP", 16)
+    monkeypatch.setattr("data.parquet.ROW_GROUP", 16)
     monkeypatch.setattr("data.manifest_reader.ROW_GROUP", 16)
     monkeypatch.setattr("data.manifest_reader.OPEN_MANIFESTS", 2)
     store, urls, tables = Store(), [], []

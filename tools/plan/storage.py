@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from conf.schema import build
-from data.manifest import manifest_url, open_parquet, read_manifest
+from data.manifest import manifest_url, read_manifest
+from data.parquet import open_parquet
 from data.tars import Source, TarData
 
 # Manifests that are read of each source, evenly spread.
