@@ -58,10 +58,12 @@ class Resources:
     def options(self) -> dict[str, Any]:
         """Options of sbatch, by their names there with "_" for "-"."""
         tasks = self.ranks if self.launcher == "srun" else 1
-        options: dict[str, Any] = {
-            "nodes": f"{self.fewest_nodes}-{self.nodes}" if self.fewest_nodes < self.nodes else self.nodes,
-            "ntasks_per_node": tasks,
-            "cpus_per_task": self.cpus_per_rank * self.ranks // tasks,
+        cpus = self.cpus_per_rank * self.ranks
+        options: dict[str, Any] = {"nodes": self.nodes, "ntasks_per_node": tasks, "cpus_per_task": cpus // tasks}
+        if self.fewest_nodes < self.nodes:
+            # Told the tasks of a node, sbatch multiplies them by the fewest nodes, and is content with so many.
+            options = {"nodes": f"{self.fewest_nodes}-{self.nodes}", "mincpus": cpus}
+        options |= {
             "gpus_per_node": self.gpus_per_node or None,
             # To the batch script alone, which passes it on.
             "signal": f"B:USR1@{self.signal_lead}",

@@ -33,7 +33,8 @@ class Submitted:
         self.lab = lab
         self.folder = folder / "runs" / name
         data = [f"data.sources.scenes.shards={folder}/scenes", f"data.cache_folder={folder}/cache"]
-        self.done = command(lab, "train", *SMALL, *data, f"name={name}", f"runs={folder}/runs", *NODES, *overrides)
+        self.overrides = [*SMALL, *data, f"name={name}", f"runs={folder}/runs", *NODES, *overrides]
+        self.done = command(lab, "train", *self.overrides)
         assert self.done.returncode == 0, self.done.stderr
         self.job = next(row["job"] for row in self.chain() if row["event"] == "submitted")
 

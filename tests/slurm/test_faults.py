@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.lab import Lab, wait_for
-from tests.slurm.submitting import Submitted
+from tests.slurm.submitting import Submitted, command
 from tests.trainer.jobs import train_on
 from tools.demo.scenes import write_tars
 
@@ -57,7 +57,8 @@ def test_a_run_whose_time_is_up_saves_and_is_queued_again(lab, folder, undisturb
     run = submitted(lab, folder, "limit", "cluster.time=1", "cluster.signal_lead=20", "checkpoint.every=1000", pace=1.0)
     assert run.wait() == "COMPLETED", run.told()
     assert run.losses() == undisturbed
-    assert outcomes(run) == ["time limit", "finished"]
+    *limits, last = outcomes(run)
+    assert set(limits) == {"time limit"} and last == "finished"
 
 
 def test_a_preempted_run_saves_and_goes_on_after_the_other_job(lab, folder, undisturbed):
@@ -103,3 +104,44 @@ def test_a_run_whose_link_is_cut_goes_on_elsewhere(lab, folder, undisturbed):
     finally:
         lab.mend(lost)
     assert run.losses() == undisturbed
+
+
+def test_a_run_goes_on_with_fewer_nodes_where_no_more_are_left(lab, folder, undisturbed):
+    run = submitted(lab, folder, "fewer", "cluster.min_nodes=1", "cluster.health=false")
+    run.wait_for_rows(7)
+    for node in (2, 3, 4):  # of which only the first is the run's
+        lab.kill_node(node)
+        lab.run("scontrol", "update", f"nodename=node{node}", "state=down", "reason=killed")
+    try:
+        assert run.wait() == "COMPLETED", run.told()
+    finally:
+        for node in (2, 3, 4):
+            lab.start_slurmd(node)
+    assert [len(row["nodes"]) for row in run.chain() if row["event"] == "started"] == [2, 1]
+    assert run.losses() == pytest.approx(undisturbed, rel=1e-5)
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on(lab, folder, tmp_path, undisturbed):
+    hangs = ["objective._target_=tests.trainer.faulty.HangsOnceAt", "+objective.steps=[7]", "+objective.lane=2"]
+    run = Submitted(
+        *(lab, folder, "hangs", "cluster.nodes=2", *hangs, f"+objective.marker={tmp_path}/hung", f"steps={STEPS}"),
+        *("checkpoint.every=5", "hang_timeout=5.0", "cluster.health=false"),
+    )
+    assert run.wait() == "COMPLETED", run.told()
+    reason = next(row["reason"] for row in run.chain() if row["event"] == "ended")
+    assert "hang after step 7: waiting for rank 1 on node2" in reason
+    assert run.losses() == undisturbed
+
+
+def test_a_cancelled_run_saves_and_is_not_queued_again(lab, folder):
+    run = submitted(lab, folder, "cancelled", "cluster.health=false", pace=1.5)
+    run.wait_for_rows(3)
+    assert "works on" in command(lab, "train", *run.overrides).stderr  # by a second job
+    assert "running" in command(lab, "jobs", f"runs={folder}/runs").stdout
+    assert f"job {run.job} ends" in command(lab, "cancel", "cancelled", f"runs={folder}/runs").stdout
+    assert run.wait() == "CANCELLED", run.told()
+    wait_for(lambda: "ended" in run.events(), 30, run.told)
+    assert run.events() == ["started", "cancelled", "ended"]
+    shown = command(lab, "jobs", f"runs={folder}/runs").stdout
+    assert any("cancelled" in line.split()[0] and line.endswith("cancelled") for line in shown.splitlines()), shown
+    assert "received SIGTERM" in command(lab, "logs", "cancelled", f"runs={folder}/runs", "lines=200").stdout

@@ -49,14 +49,19 @@ class StuckAt(Faulty):
         return losses
 
 
-class SleepsForever(Faulty):
-    """A rank that goes no further, while the others wait for it in a collective."""
+class HangsOnceAt(Faulty):
+    """A rank that goes no further while others wait for it, the first time only: the file `marker` remembers."""
+
+    def __init__(self, steps: list[int], marker: str, **faulty: Any):
+        super().__init__(steps, **faulty)
+        self.marker = Path(marker)
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         step, lane, _ = batch.draws.places[0]
-        if step in self.steps and lane == self.lane:
+        if step in self.steps and lane == self.lane and not self.marker.exists():
+            self.marker.touch()
             time.sleep(1e6)
-        return super().losses(phase, networks, batch)
+        return Diffusion.losses(self, phase, networks, batch)
 
 
 class FailsAt(Faulty):

@@ -26,8 +26,8 @@ def test_a_rank_that_sleeps_is_named_and_the_run_ends(tmp_path):
         [
             *(sys.executable, "-P", "-m", "tools.cli", "train", *SMALL, f"runs={tmp_path}/runs", "name=run"),
             *(f"data.sources.scenes.shards={tmp_path}/scenes", f"data.cache_folder={tmp_path}/cache"),
-            *("objective._target_=tests.trainer.faulty.SleepsForever", "+objective.steps=[1]", "+objective.lane=2"),
-            *("hang_timeout=4.0", "cluster.processes=2"),
+            *("objective._target_=tests.trainer.faulty.HangsOnceAt", "+objective.steps=[1]", "+objective.lane=2"),
+            *(f"+objective.marker={tmp_path}/hung", "hang_timeout=4.0", "cluster.processes=2"),
         ],
         capture_output=True,
         text=True,
