@@ -60,7 +60,8 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
     except OmegaConfBaseException as error:
         key = _unresolved(config)
         raise ConfigError(f"{key!r} follows another value: {_first_line(error)}. Set {key} itself.") from error
-    for key in sorted(OmegaConf.missing_keys(config)):
+    # Items of lists last: they are missing because they follow a key that is.
+    for key in sorted(OmegaConf.missing_keys(config), key=lambda key: ("[" in key, key)):
         if missing == "refuse":
             raise ConfigError(f"{key!r} must be given: add {key}=<value> to the command.")
         OmegaConf.update(config, key, None)

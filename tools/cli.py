@@ -120,7 +120,10 @@ def _run(job: str, overrides: list[str]) -> None:
     if config.get("cluster", {}).get("kind") == "slurm":
         from tools.submission import check_job, submit_job
 
-        print(submit_job(check_job(job, overrides)))
+        if hasattr(module, "submit"):  # a job of several jobs
+            module.submit(overrides)
+        else:
+            print(submit_job(check_job(job, overrides)))
         return
     check(config, module.Config)
     if hasattr(module, "preflight"):

@@ -13,7 +13,7 @@ from tools.study.stages import Evaluation, Preparation
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 # What lies in a study's folder beside its runs.
-RESERVED = ("data", "logs", "report", "text_encoder", "wandb")
+RESERVED = ("analysis", "data", "prediction", "report", "slurm", "text_encoder", "wandb")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Study:
 
     def columns(self) -> list[str]:
         """Numbers that every finished run has."""
-        evaluated = self.evaluate.columns if self.evaluate is not None else ()
+        evaluated = self.evaluate.columns() if self.evaluate is not None else ()
         return [*COUNTED, *self.settings, *self.measure, *evaluated]
 
     def points(self) -> list[Point]:

@@ -13,12 +13,14 @@ from conf.schema import build
 from data.run_directory import check_name
 from tools.study.analyses.base import TooFewRuns
 from tools.study.design import Study
+from tools.study.evaluation import evaluate
 from tools.study.pool import Outcome, Pool
 from tools.study.prediction import fix_predictions
-from tools.study.report import log_to_wandb, overview, write_report
+from tools.study.report import overview, write_report
 from tools.study.results import Result
-from tools.study.runs import StudyRun, compose_runs, hours_of
-from tools.study.sheet import Sheet, Table, figures
+from tools.study.runs import StudyRun, compose_runs, forecast
+from tools.study.sheet import Sheet
+from trainer.distributed import Cluster
 
 Stage = Literal["all", "runs", "prediction", "held_out", "analysis"]
 
@@ -28,6 +30,7 @@ class Config:
     """conf/study.yaml, whose comments explain the keys."""
 
     study: Study
+    cluster: Cluster
     name: str
     runs: str
     overrides: str
@@ -38,60 +41,96 @@ class Config:
     flops_per_s: PositiveFloat | None
 
 
+def submit(overrides: Sequence[str]) -> None:
+    """With cluster=slurm: submit the study, and print its jobs."""
+    from tools.study.submission import submit_study
+
+    print("\n".join(map(str, submit_study(overrides))))
+
+
 def run(config: Any) -> None:
     """Run the study of this config, or the part of it that `stage` names."""
-    study: Study = build(config.study)
-    check_name(study.name)
-    _check_analyses(study)
-    runs = compose_runs(study, config.runs, shlex.split(config.overrides))
+    study, runs = compose_study(config)
     if config.dry_run:
         print(forecast(runs, config.flops_per_s).markdown())
         return
     folder = Path(config.runs) / study.name
-    folder.mkdir(parents=True, exist_ok=True)
-    if study.prepare is not None and config.stage != "analysis":
-        study.prepare.prepare(folder)
+    early = [run for run in runs if not run.point.held_out]
+    late = [run for run in runs if run.point.held_out]
     reasons: dict[str, str] = {}
-    fitted = [run for run in runs if not run.point.held_out]
-    held_out = [run for run in runs if run.point.held_out]
-    if config.stage in ("all", "runs"):
-        reasons |= start(fitted, config)
-    if held_out and config.stage in ("all", "prediction"):
-        predicted = fix_predictions(
-            study.analyses, folder, _results(study, fitted, reasons), _results(study, held_out, {})
-        )
-        print(f"predictions are fixed in {predicted}", flush=True)
-    if held_out and config.stage in ("all", "held_out"):
-        reasons |= start(held_out, config)
-    if config.stage in ("all", "analysis"):
+
+    def wanted(stage: Stage) -> bool:
+        return config.stage in ("all", stage)
+
+    if config.stage != "analysis":
+        prepare(study, folder)
+    if wanted("runs"):
+        reasons |= start(early, config)
+    if late and wanted("prediction"):
+        predict(study, folder, early, late)
+    if late and wanted("held_out"):
+        reasons |= start(late, config)
+    if wanted("analysis"):
         if study.evaluate is not None:
-            for run in runs:
-                run.evaluate(study.evaluate)
-        results = _results(study, runs, reasons)
+            evaluate(runs, study.evaluate, config.parallel)
+        results = [run.result(study, reasons.get(run.point.name)) for run in runs]
         sheets = analyse(study, folder, results)
-        page = write_report(study.name, folder, results, sheets)
-        log_to_wandb(runs[0].config, study.name, results, sheets)
+        page = write_report(study.name, folder, results, sheets, runs[0].config.log.wandb)
         print("\n".join(sentence for sheet in sheets for sentence in sheet.verdicts))
         print(f"\n  report      {page}\n  table       {folder / 'results.parquet'}")
+
+
+def compose_study(config: Any, here: bool = True) -> tuple[Study, list[StudyRun]]:
+    """The study and all its runs, checked.
+
+    Args:
+        here: whether the runs are to be made on this machine.
+
+    Raises:
+        ConfigError: a mistake in the study, or in any of its runs.
+    """
+    if config.cluster.processes > 1:
+        raise ConfigError(
+            "cluster.processes is of a run, not of the study, which starts `parallel` of them:"
+            f' overrides="cluster.processes={config.cluster.processes}"'
+        )
+    study: Study = build(config.study)
+    check_name(study.name)
+    for name, analysis in study.analyses.items():
+        try:
+            analysis.check(study.entries(), study.columns())
+        except ValueError as error:
+            raise ConfigError(f"study.analyses.{name}: {error}") from error
+    return study, compose_runs(study, config.runs, shlex.split(config.overrides), here)
+
+
+def prepare(study: Study, folder: Path) -> None:
+    """Make the study's folder, and what its runs share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if study.prepare is not None:
+        study.prepare.prepare(folder)
 
 
 def start(runs: Sequence[StudyRun], config: Any) -> dict[str, str]:
     """Run those that are not finished, here; the reasons of those that failed, by name."""
     waiting = [run for run in runs if run.state != "finished"]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
-    count = len(waiting)
-    done = 0
+    ended: list[Outcome] = []
 
     def tell(outcome: Outcome) -> None:
-        nonlocal done
-        done += 1
+        ended.append(outcome)
         how = f"failed: {outcome.reason}" if outcome.reason else f"{outcome.seconds:.0f} s"
-        print(f"[{done}/{count}] {outcome.command.name}: {how}", flush=True)
+        print(f"[{len(ended)}/{len(waiting)}] {outcome.command.name}: {how}", flush=True)
 
-    pool = Pool(config.parallel, config.restarts, tell)
-    commands = [run.command for run in waiting]
-    outcomes = pool.run(commands)
-    return {outcome.command.name: outcome.reason for outcome in outcomes if outcome.reason}
+    Pool(config.parallel, config.restarts, tell).run([run.command for run in waiting])
+    return {outcome.command.name: outcome.reason for outcome in ended if outcome.reason}
+
+
+def predict(study: Study, folder: Path, early: Sequence[StudyRun], late: Sequence[StudyRun]) -> None:
+    """Have the analyses fix their predictions of the late runs, from the early ones."""
+    known = [run.result(study) for run in early]
+    path = fix_predictions(study.analyses, folder, known, [run.result(study) for run in late])
+    print(f"predictions are fixed in {path}", flush=True)
 
 
 def analyse(study: Study, folder: Path, results: Sequence[Result]) -> list[Sheet]:
@@ -106,51 +145,3 @@ def analyse(study: Study, folder: Path, results: Sequence[Result]) -> list[Sheet
             sheet.verdict(f"{name}: {error}.")
         sheets.append(sheet)
     return sheets
-
-
-def forecast(runs: Sequence[StudyRun], flops_per_s: float | None) -> Table:
-    """What the runs cost: parameters, FLOPs and hours.
-
-    Args:
-        flops_per_s: that a run reaches. None takes the speed of those runs that have been on their way.
-    """
-    if flops_per_s is None:
-        flops_per_s = _measured_speed(runs)
-    rows, total_flops = [], sum(run.cost.flops for run in runs)
-    for run in runs:
-        cost = run.cost
-        rows.append(
-            [
-                *(run.point.name, run.state, figures(cost.parameters), run.config.steps, figures(cost.samples)),
-                *(figures(cost.flops, 3), _hours(cost.flops, flops_per_s)),
-            ]
-        )
-    rows.append(["total", "", "", "", "", figures(total_flops, 3), _hours(total_flops, flops_per_s)])
-    header = ["run", "state", "parameters", "steps", "samples", "FLOPs", "hours"]
-    return Table("forecast", f"{len(runs)} runs.", header, rows)
-
-
-def _measured_speed(runs: Sequence[StudyRun]) -> float | None:
-    """FLOPs per second, over all that the runs have logged."""
-    flops, hours = 0.0, 0.0
-    for run in runs:
-        if (rows := run.rows()) and rows[-1]["step"]:
-            flops += run.cost.flops * rows[-1]["step"] / run.config.steps
-            hours += hours_of(rows)
-    return flops / (3600 * hours) if hours else None
-
-
-def _hours(flops: float, flops_per_s: float | None) -> str:
-    return figures(flops / flops_per_s / 3600, 3) if flops_per_s else "?"
-
-
-def _results(study: Study, runs: Sequence[StudyRun], reasons: dict[str, str]) -> list[Result]:
-    return [run.result(study, reasons.get(run.point.name)) for run in runs]
-
-
-def _check_analyses(study: Study) -> None:
-    for name, analysis in study.analyses.items():
-        try:
-            analysis.check(study.entries(), study.columns())
-        except ValueError as error:
-            raise ConfigError(f"study.analyses.{name}: {error}") from error

@@ -1,7 +1,7 @@
 """What a study leaves behind: results.parquet, the page, tables as files, and a run of its own in W&B."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,19 @@ def overview(results: Sequence[Result], folder: Path) -> Sheet:
     return sheet
 
 
-def write_report(name: str, folder: Path, results: Sequence[Result], sheets: Sequence[Sheet]) -> Path:
-    """Write everything into the study's folder; returns the page's path."""
-    out = folder / "report"
-    tables = out / "tables"
+def write_report(
+    name: str, folder: Path, results: Sequence[Result], sheets: Sequence[Sheet], wandb: Mapping[str, Any] | None
+) -> Path:
+    """Write everything into the study's folder; returns the page's path.
+
+    Args:
+        name: of the study.
+        folder: of the study.
+        results: of all runs.
+        sheets: what the analyses have found.
+        wandb: the runs' `log.wandb`; None leaves W&B out.
+    """
+    tables = folder / "report" / "tables"
     tables.mkdir(parents=True, exist_ok=True)
     write_parquet(results, folder / "results.parquet")
     page = Page(name)
@@ -48,23 +57,11 @@ def write_report(name: str, folder: Path, results: Sequence[Result], sheets: Seq
             (tables / f"{table.name}.tex").write_text(table.latex())
     found = {sheet.name: {"verdicts": sheet.verdicts, **sheet.numbers} for sheet in sheets}
     (folder / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
-    return Path(page.write(str(out), Store()))
-
-
-def log_to_wandb(config: Any, study: str, results: Sequence[Result], sheets: Sequence[Sheet]) -> None:
-    """A W&B run in the study's group, with the table of runs, the plots and the verdicts.
-
-    Args:
-        config: of one of the runs, whose `log.wandb` is followed.
-    """
-    if config.log.wandb is None:
-        return
-    directory = RunDirectory(str(Path(config.runs).parent), study)
-    verdicts = {sheet.name: sheet.verdicts for sheet in sheets}
-    names = columns(results)
-    rows = [[r.name, *r.labels.values(), r.seed, r.state, *(r.values.get(n) for n in names)] for r in results]
-    with RunLog(directory, {"verdicts": verdicts}, WandbConfig(**config.log.wandb), name=f"{study} analysis") as log:
-        finished = sum(r.finished for r in results)
-        log.log_table("runs", ["run", *results[0].labels, "seed", "state", *names], rows, finished)
-        for picture in sorted((directory.path / "report" / "pictures").glob("*.png")):
-            log.log_image(picture.stem, picture, finished)
+    path = page.write(str(folder / "report"), Store())
+    if wandb is not None:
+        directory = RunDirectory(str(folder.parent), folder.name)
+        finished = sum(result.finished for result in results)
+        with RunLog(directory, found, WandbConfig(**wandb), axis="finished_runs", name=f"{name} analysis") as log:
+            log.log({"finished_runs": finished, "runs": len(results)})
+            page.show(log, finished)
+    return Path(path)

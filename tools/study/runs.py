@@ -15,11 +15,14 @@ from conf.errors import ConfigError
 from conf.schema import check
 from conf.secrets import without_secrets
 from data.run_directory import read_jsonl, saved_step
+from slurm.chain import Chain
 from tools.study.cost import Cost, cost_of
 from tools.study.design import Point, Study
 from tools.study.pool import Command
 from tools.study.results import Result
+from tools.study.sheet import Table, figures
 from tools.study.stages import Evaluation
+from tools.submitted import CHAIN
 from trainer.config import Config, preflight
 
 EVALUATION = "evaluation.jsonl"
@@ -76,13 +79,16 @@ class StudyRun:
         file = self.folder / EVALUATION
         return read_jsonl(file) if file.exists() else []
 
-    def evaluate(self, evaluation: Evaluation) -> None:
-        """Evaluate the run, unless that was done: the rows appear all at once."""
-        file = self.folder / EVALUATION
-        if self.state == "finished" and not file.exists():
-            scratch = file.with_suffix(".tmp")
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in evaluation.evaluate(self.folder)))
-            scratch.replace(file)
+    def told(self, reason: str | None = None) -> str:
+        """How far the run is, in words; of one that failed, why: by `reason`, or by what SLURM's jobs have noted."""
+        state = self.state
+        if state == "finished":
+            return state
+        ends = [row for row in Chain(self.folder / CHAIN).rows() if row["event"] in ("ended", "given up")]
+        reason = reason or (ends[-1].get("reason") if ends else None)
+        if reason:
+            return f"failed: {reason}"
+        return "not started" if state == "new" else f"{self.steps_taken} of {self.config.steps} steps taken"
 
     def result(self, study: Study, reason: str | None = None) -> Result:
         """The run's row.
@@ -91,7 +97,7 @@ class StudyRun:
             study: that it belongs to.
             reason: why it failed, where it did.
         """
-        rows, state = self.rows(), self.state
+        rows, settings = self.rows(), self.evaluation()
         values: dict[str, float] = {
             "parameters": self.cost.parameters,
             "steps": self.config.steps,
@@ -102,15 +108,10 @@ class StudyRun:
         if rows:
             values["hours"] = hours_of(rows)
         values |= {name: value for name, measure in study.measure.items() if (value := measure.of(rows)) is not None}
-        told = {"finished": "finished", "new": "not started"}.get(
-            state, f"{self.steps_taken} of {self.config.steps} steps taken"
-        )
-        if state != "finished" and reason:
-            told = f"failed: {reason}"
-        point, settings = self.point, self.evaluation()
         if study.evaluate is not None and settings:
-            values |= {name: fmean(row[name] for row in settings) for name in study.evaluate.columns}
-        return Result(point.name, point.labels, point.seed, point.held_out, told, self.folder, values, settings)
+            values |= {name: fmean(row[name] for row in settings) for name in study.evaluate.columns()}
+        at = self.point
+        return Result(at.name, at.labels, at.seed, at.held_out, self.told(reason), self.folder, values, settings)
 
 
 def hours_of(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -123,28 +124,36 @@ def hours_of(rows: Sequence[Mapping[str, Any]]) -> float:
     return seconds / 3600
 
 
-def compose_runs(study: Study, runs: str, overrides: Sequence[str] = ()) -> list[StudyRun]:
+def evaluate_run(folder: Path, evaluation: Evaluation) -> None:
+    """Evaluate the run in a folder; its rows appear all at once."""
+    scratch = (folder / EVALUATION).with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in evaluation.evaluate(folder)))
+    scratch.replace(folder / EVALUATION)
+
+
+def compose_runs(study: Study, runs: str, overrides: Sequence[str] = (), here: bool = True) -> list[StudyRun]:
     """Compose every run, and check it as `millrace train` would, before any starts.
 
     Args:
         runs: folder of runs; the study's lie in `<runs>/<study>/`.
         overrides: further ones of every run, above all of the study's own.
+        here: whether they are to be made on this machine: then its devices must be those that they ask for.
 
     Raises:
         ConfigError: a mistake in a run, which the sentence names; or a folder that holds a run of another
             configuration.
     """
     folder = Path(runs) / study.name
-    return [_compose_run(study, point, folder, overrides) for point in study.points()]
+    return [_compose_run(study, point, folder, overrides, here) for point in study.points()]
 
 
-def _compose_run(study: Study, point: Point, folder: Path, further: Sequence[str]) -> StudyRun:
+def _compose_run(study: Study, point: Point, folder: Path, further: Sequence[str], here: bool) -> StudyRun:
     # The group first: a study may turn W&B off.
     overrides = [f"log.wandb.group={study.name}", *point.overrides, *further, f"runs={folder}", f"name={point.name}"]
     try:
         config = compose("train", overrides)
         check(config, Config)
-        preflight(config, config.cluster.get("processes", 1))
+        preflight(config if here else OmegaConf.merge(config, {"device": "auto"}), config.cluster.get("processes", 1))
         cost = cost_of(config)
         _check_settings(study, config)
     except ConfigError as error:
@@ -183,3 +192,36 @@ def _differences(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, A
                 yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
     elif there != here:
         yield path, there, here
+
+
+def forecast(runs: Sequence[StudyRun], flops_per_s: float | None) -> Table:
+    """What the runs cost: parameters, FLOPs and hours.
+
+    Args:
+        flops_per_s: that a run reaches. None takes the speed of those runs that have been on their way.
+    """
+    if flops_per_s is None:
+        flops_per_s = _measured_speed(runs)
+    rows: list[list[object]] = []
+    for run in runs:
+        cost = run.cost
+        told = [run.point.name, run.state, figures(cost.parameters), run.config.steps, figures(cost.samples)]
+        rows.append([*told, figures(cost.flops, 3), _hours(cost.flops, flops_per_s)])
+    total = sum(run.cost.flops for run in runs)
+    rows.append(["total", "", "", "", "", figures(total, 3), _hours(total, flops_per_s)])
+    header = ["run", "state", "parameters", "steps", "samples", "FLOPs", "hours"]
+    return Table("forecast", f"{len(runs)} runs.", header, rows)
+
+
+def _measured_speed(runs: Sequence[StudyRun]) -> float | None:
+    """FLOPs per second, over all that the runs have logged."""
+    flops, hours = 0.0, 0.0
+    for run in runs:
+        if (rows := run.rows()) and rows[-1]["step"]:
+            flops += run.cost.flops * rows[-1]["step"] / run.config.steps
+            hours += hours_of(rows)
+    return flops / (3600 * hours) if hours else None
+
+
+def _hours(flops: float, flops_per_s: float | None) -> str:
+    return figures(flops / flops_per_s / 3600, 3) if flops_per_s else "?"

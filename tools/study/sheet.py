@@ -96,7 +96,7 @@ class Sheet:
         for part in self._parts:
             if isinstance(part, Table):
                 page.paragraph(part.caption)
-                page.table(part.header, part.rows)
+                page.table(part.header, part.rows, part.name)
             elif isinstance(part, str):
                 page.paragraph(part)
             else:

@@ -1,5 +1,6 @@
 """What may happen around a study's runs: data made for all of them, and what is measured of their checkpoints."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -14,13 +15,10 @@ class Preparation(Protocol):
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """Measures a trained run.
+    """Measures a trained run."""
 
-    Attributes:
-        columns: numbers in every row; their means over the rows are columns of the study.
-    """
-
-    columns: tuple[str, ...]
+    def columns(self) -> Sequence[str]:
+        """Numbers in every row; their means over the rows are columns of the study."""
 
     def evaluate(self, run: Path) -> list[dict[str, float | str]]:
         """Rows of settings and numbers of a finished run, for instance one for each sampler. They are kept in the run's

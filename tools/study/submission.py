@@ -1,0 +1,73 @@
+"""A study on a SLURM cluster: its runs as one array, then what follows them as jobs that wait for it."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from conf.compose import compose
+from conf.errors import ConfigError
+from conf.schema import check
+from tools.study.job import Config, compose_study, prepare
+from tools.study.runs import StudyRun
+from tools.submission import Checked, Submitted, check_job, submit_job, submit_runs
+
+_OF_CLUSTER = re.compile(r"[+~]*cluster\b")
+# Of the jobs between and after the runs: one process, which reads what the runs have left.
+_SINGLE = ("cluster.nodes=1", "cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "cluster.min_nodes=null")
+
+
+def submit_study(overrides: Sequence[str]) -> list[Submitted]:
+    """`millrace study <overrides>`, with `cluster=slurm` among them: unfinished runs as an array, at most
+    `cluster.max_parallel` at a time; then the prediction, and the held-out runs as another array; then the analysis.
+
+    Every job follows the one before however that ends (`afterany`): a run that fails is listed with its reason, and
+    does not keep the others from being analysed. All is checked before anything is submitted.
+
+    Raises:
+        ConfigError: a mistake in the study, or in any of its runs.
+        SlurmError: SLURM refuses a job.
+    """
+    of_cluster = [override for override in overrides if _OF_CLUSTER.match(override)]
+    own = [override for override in overrides if not _OF_CLUSTER.match(override)]
+    config = compose("study", own)
+    check(config, Config)
+    study, runs = compose_study(config, here=False)
+    if config.dry_run or config.stage != "all":
+        raise ConfigError("cluster=slurm submits a whole study: leave out dry_run and stage, or run them here.")
+    folder = Path(config.runs) / study.name
+    arrays = [[_checked(run, of_cluster) for run in part if run.state != "finished"] for part in by_turn(runs)]
+    between = [_single(own, of_cluster, study.name, "prediction")] if study.held_out else []
+    last = _single(own, of_cluster, study.name, "analysis")
+    prepare(study, folder)
+
+    steps: list[Any] = [arrays[0], *between, *arrays[1:], last]
+    submitted: list[Submitted] = []
+    for step in steps:
+        if step == []:
+            continue
+        after = f"afterany:{submitted[-1].last}" if submitted else None
+        submitted.append(_submit(step, folder, after, len(submitted)))
+    return submitted
+
+
+def by_turn(runs: Sequence[StudyRun]) -> list[list[StudyRun]]:
+    """The runs, and those that wait for the prediction."""
+    return [[run for run in runs if run.point.held_out == late] for late in (False, True)]
+
+
+def _checked(run: StudyRun, of_cluster: Sequence[str]) -> Checked:
+    return check_job("train", [*run.overrides, *of_cluster])
+
+
+def _single(own: Sequence[str], of_cluster: Sequence[str], study: str, stage: str) -> Checked:
+    return check_job("study", [*own, f"stage={stage}", f"name={study}/{stage}", *of_cluster, *_SINGLE])
+
+
+def _submit(step: Checked | list[Checked], folder: Path, after: str | None, number: int) -> Submitted:
+    if isinstance(step, Checked):
+        return submit_job(step if after is None else replace(step, resources=replace(step.resources, dependency=after)))
+    kept = folder / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
+    return submit_runs(step, kept.absolute(), step[0].resources.max_parallel, after)
