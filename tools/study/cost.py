@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
 
-from conf.schema import build, target
+from conf.schema import build
 from data.buckets import Buckets
-from trainer.networks import networks_on_meta
+from tools.plan.rehearsal import planned_networks
 
 
 @dataclass(frozen=True)
@@ -27,34 +27,17 @@ class Cost:
 
 
 def cost_of(config: Any) -> Cost:
-    """The cost of a `train` configuration."""
+    """The cost of a `train` configuration.
+
+    Raises:
+        ConfigError: a text encoder whose size nothing here tells.
+    """
     objective = build(config.objective)
-    networks: dict[str, Any] = networks_on_meta(config, objective)
+    with torch.device("meta"):  # text encoders too
+        networks = planned_networks(config, objective)
     trained = {name for phase in objective.phases for name in phase.trainable}
     parameters = sum(p.numel() for name in trained for p in networks[name].parameters())
-    if "conditioner" in objective.networks:
-        networks["conditioner"] = _Length(context_length(config.conditioner))
     buckets: Buckets = build(config.buckets)
     per_sample = sum(objective.flops(networks, shape) for shape in buckets.shapes) / len(buckets.shapes)
     samples = config.steps * config.batch
     return Cost(parameters, per_sample * samples, samples)
-
-
-class _Length(nn.Module):
-    """In the place of a conditioner whose encoders are not loaded."""
-
-    def __init__(self, context_length: int):
-        super().__init__()
-        self.context_length = context_length
-
-
-def context_length(conditioner: Any) -> int:
-    """Tokens of a conditioner's sequence: encoders next to each other that share positions count once."""
-    if "encoders" not in conditioner:
-        return conditioner.length
-    length, shared = 0, False
-    for i, encoder in enumerate(conditioner.encoders):
-        shares = target(encoder["_target_"], f"conditioner.encoders.{i}").shares_positions  # type: ignore[attr-defined]
-        length += 0 if shared and shares else encoder.length
-        shared = shares
-    return length
