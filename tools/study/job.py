@@ -116,10 +116,12 @@ def start(runs: Sequence[StudyRun], config: Any) -> dict[str, str]:
     waiting = [run for run in runs if run.state != "finished"]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
     ended: list[Outcome] = []
+    by_name = {run.point.name: run for run in waiting}
 
     def tell(outcome: Outcome) -> None:
         ended.append(outcome)
-        how = f"failed: {outcome.reason}" if outcome.reason else f"{outcome.seconds:.0f} s"
+        done = "finished" if by_name[outcome.command.name].state == "finished" else "stopped"
+        how = f"failed: {outcome.reason}" if outcome.reason else f"{done} after {outcome.seconds:.0f} s"
         print(f"[{len(ended)}/{len(waiting)}] {outcome.command.name}: {how}", flush=True)
 
     Pool(config.parallel, config.restarts, tell).run([run.command for run in waiting])

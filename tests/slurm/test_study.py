@@ -6,7 +6,6 @@ import re
 import pytest
 
 from slurm.chain import Chain
-from tests.slurm.conftest import lab  # noqa: F401
 from tests.slurm.lab import wait_for
 from tests.slurm.submitting import NODES, command
 from tests.tools.study.test_job import arguments
@@ -14,7 +13,8 @@ from tools.demo.scenes import write_tars
 
 
 @pytest.mark.slow
-def test_a_sweep_of_eight_two_at_a_time_then_its_analysis(lab, tmp_path):  # noqa: F811
+@pytest.mark.cluster
+def test_a_sweep_of_eight_two_at_a_time_then_its_analysis(lab, tmp_path):
     write_tars(tmp_path / "scenes", 60, seed=0)
     job, *overrides = arguments(tmp_path, "sweep", "study.seeds=[0,1]", "cluster.max_parallel=2", *NODES)
     # All four combinations; one of them finds no data.
