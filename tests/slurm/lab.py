@@ -69,8 +69,9 @@ def unavailable() -> str | None:
         return (
             f"a SLURM cluster needs {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge iproute2"
         )
-    probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True)
-    return f"no network namespaces here: {probe.stderr.strip()}" if probe.returncode else None
+    links = "ip link add probe type bridge && ip link add a type veth peer name b"
+    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "sh", "-c", links], capture_output=True, text=True)
+    return f"no network namespaces with bridges here: {probe.stderr.strip()}" if probe.returncode else None
 
 
 class Lab:
