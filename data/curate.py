@@ -275,7 +275,8 @@ def _too_many(one: Filter, manifest: Manifest, errors: Sequence[ScoreError], lim
     first = next(error for error in errors if error.reason == reason)
     return (
         f"the filter {one.name!r} failed on {len(errors)} of the {manifest.rows} samples of {redact(manifest.shard)}, "
-        f"more than max_errors={limit} allows: {count} times {reason}, first {first.key!r} ({first.detail or reason})"
+        f"more than max_errors={limit} allows: {count} times {reason}, first {first.key!r} ({first.detail or reason}). "
+        "Raise max_errors to go on without scores for these"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Color = tuple[int, int, int]
 
@@ -67,6 +67,8 @@ def decode_image(
         return _decode_pillow(data, background, max_pixels)
     except (DecodeError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # whose text has an address in memory, another one in each run
+        raise DecodeError(f"cannot decode image of {len(data)} bytes: cannot identify image file") from error
     except Exception as error:  # decoders fail in a dozen ways on damaged bytes: OSError, SyntaxError, struct.error ...
         raise DecodeError(f"cannot decode image of {len(data)} bytes: {error}") from error
 
