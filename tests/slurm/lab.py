@@ -69,7 +69,7 @@ def unavailable() -> str | None:
         return (
             f"a SLURM cluster needs {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge iproute2"
         )
-    links = "ip link add probe type bridge && ip link add a type veth peer name b"
+    links = "ip link add name probe type bridge && ip link add name ends type veth peer name b"
     probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "sh", "-c", links], capture_output=True, text=True)
     return f"no network namespaces with bridges here: {probe.stderr.strip()}" if probe.returncode else None
 
