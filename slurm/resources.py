@@ -15,6 +15,7 @@ class Resources:
     nodes: PositiveInt
     min_nodes: PositiveInt | None
     gpus_per_node: NonNegativeInt
+    gpu: str | None
     ranks_per_node: PositiveInt | None
     launcher: Literal["srun", "torchrun"]
     cpus_per_rank: PositiveInt

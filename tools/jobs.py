@@ -11,7 +11,8 @@ from slurm.queue import Entry, entries
 from tools.submitted import CHAIN, Job, jobs_of, last_row, state_of
 
 _RECENT_S = 24 * 3600.0
-_HEADER = ("run", "job", "starts", "step", "loss", "left", "state")
+_HEADER = ("run", "job", "starts", "step", "loss", "left", "slowest", "state")
+_STRAGGLES = 1.1
 
 
 @dataclass
@@ -46,20 +47,22 @@ def _row(job: Job, runs: Path, known: Mapping[str, Entry]) -> tuple[str, ...]:
     if len(states) > 1:
         counts = Counter(state.partition(":")[0] for state in states)
         state = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-        return name, job.id, str(starts), "", "", "", state
+        return name, job.id, str(starts), "", "", "", "", state
     row = last_row(job.folder) if job.row["kind"] == "train" else {}
     return name, job.id, str(starts), *_progress(job, row), states[0]
 
 
-def _progress(job: Job, row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Step, loss and the time that is left."""
+def _progress(job: Job, row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Step, loss, the time that is left, and the rank that the others wait for."""
     if not row:
-        return "", "", ""
+        return "", "", "", ""
     from omegaconf import OmegaConf
 
     config: Any = OmegaConf.load(job.kept / "config.yaml")
     seconds = (config.steps - row["step"]) * config.batch / row["samples_per_s"]
-    return f"{row['step']}/{config.steps}", f"{row['loss']:.4g}", duration(seconds)
+    ratio = row.get("slowest_over_median", 1.0)
+    slowest = f"rank {row['slowest_rank']} {ratio:.2g}x" if ratio > _STRAGGLES else ""
+    return f"{row['step']}/{config.steps}", f"{row['loss']:.4g}", duration(seconds), slowest
 
 
 def duration(seconds: float) -> str:

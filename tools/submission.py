@@ -117,6 +117,8 @@ def check_job(job: str, overrides: Sequence[str]) -> Checked:
     config = compose(job, [*own, "cluster=tasks", f"cluster.tasks={resources.tasks}"] if in_tasks else own)
     check(config, module.Config)
     counts = [1] if in_tasks else _node_counts(module, config, resources)
+    if job == "train" and resources.gpu is not None:
+        counts = _that_fit(counts, config, resources.gpu, resources.ranks)
     check_name(str(config.name))
     folder = Path(config.runs).absolute() / str(config.name)
     checked = Checked(job, own, config, resources, in_tasks, counts, folder)
@@ -222,6 +224,28 @@ def _node_counts(module: ModuleType, config: DictConfig, resources: Resources) -
             if nodes == resources.nodes:
                 raise
     return counts
+
+
+def _that_fit(counts: list[int], config: DictConfig, gpu: str, ranks_per_node: int) -> list[int]:
+    """The numbers of nodes on which a run fits the memory of its GPUs. It is no less on more of them.
+
+    Raises:
+        ConfigError: none does.
+    """
+    from tools.plan.estimate import estimate
+    from trainer.hardware import DEVICES, device_named
+
+    device = device_named(gpu)
+    if device is None:
+        raise ConfigError(f"cluster.gpu={gpu!r}: one of {', '.join(known.name for known in DEVICES)}, or null.")
+    for i, nodes in enumerate(counts):
+        needed = estimate(config, nodes * ranks_per_node)
+        if needed.fits(device.memory):
+            return counts[i:]
+    sizes = [f"{size / 2**30:.0f} GiB" for size in (needed.bytes_per_rank, device.memory)]
+    raise ConfigError(
+        f"on {counts[-1]} nodes a rank would need {sizes[0]}, and {device.name} has {sizes[1]}: see millrace plan."
+    )
 
 
 def _refuse_twice(checked: Checked) -> None:

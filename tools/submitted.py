@@ -1,6 +1,5 @@
 """What has been submitted, and how it goes: `slurm.jsonl` in the run directories, and SLURM's queue."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,3 @@ def last_row(folder: Path) -> dict[str, Any]:
     metrics = folder / "metrics.jsonl"
     rows = read_jsonl(metrics) if metrics.exists() else []
     return next((row for row in reversed(rows) if row.get("loss") is not None), {})
-
-
-def command_of(job: Job) -> dict[str, Any]:
-    """`job` and `overrides` of what was submitted."""
-    return json.loads((job.kept / "command.json").read_text())

@@ -131,8 +131,8 @@ def start(device: str = "auto", timeout_s: float = 1800.0) -> World:
         backend = "cpu:gloo,cuda:nccl"
     else:
         chosen, backend = torch.device("cpu"), "gloo"
-    # How many collectives torch keeps a record of, which `HangWatch` writes down.
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    # How many collectives torch keeps a record of.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "512")
     if not dist.is_initialized():
         if place is None:
             file = Path(tempfile.mkdtemp(prefix="millrace-")) / "rendezvous"
@@ -207,6 +207,13 @@ def collectives() -> int:
         backends: dict[int, Any] = {id(b): b for b in map(group._get_backend, group._device_types)}
         count += sum(backend._get_sequence_number_for_group() for backend in backends.values())
     return count
+
+
+def flight_record() -> bytes:
+    """Torch's record of this rank's last collectives, as JSON: NCCL's where torch has NCCL. Empty without any."""
+    module = torch._C._distributed_c10d
+    dump = getattr(module, "_dump_nccl_trace_json", None) or getattr(module, "_dump_fr_trace_json", None)
+    return dump() if dump is not None else b""
 
 
 def all_reduce_sum(values: Mapping[str, float], device: torch.device | str = "cpu") -> dict[str, float]:

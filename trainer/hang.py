@@ -15,9 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
-
-from trainer.distributed import World, collectives
+from trainer.distributed import World, collectives, flight_record
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +107,7 @@ class HangWatch:
     def _tell(self, stacks: str) -> None:
         log.error("no step for %g s (hang_timeout); the stacks, also in %s:", self._timeout, self._path)
         sys.stderr.write(stacks)
-        if record := _flight_record():
+        if record := flight_record():
             self._path.with_suffix(".json").write_bytes(record)
         mine = self._answer_of(self._world.rank)
         scratch = mine.with_suffix(".tmp")
@@ -149,10 +147,3 @@ def verdict(answers: Mapping[int, Answer], size: int) -> str:
     names = ", ".join(f"rank {rank} on {answer.host}" for rank, answer in behind.items())
     entered = min(answer.collectives for answer in behind.values())
     return f"hang after step {step}: waiting for {names}, in {entered} collectives where others are in {furthest}"
-
-
-def _flight_record() -> bytes:
-    """Torch's record of the last collectives, as JSON: of NCCL's where torch has NCCL."""
-    module = torch._C._distributed_c10d
-    dump = getattr(module, "_dump_nccl_trace_json", None) or getattr(module, "_dump_fr_trace_json", None)
-    return dump() if dump is not None else b""

@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.distributed import all_reduce_sum
 from trainer.engines.base import StepResult
 from trainer.objectives.base import Losses, Phase
+from trainer.stragglers import Stragglers
 
 TIMESTEP_BINS = 8
 # Of every phase, in every row: null where all steps since the last row were passed over.
@@ -31,6 +32,7 @@ class Meter:
         self.phases = phases
         self.global_batch = global_batch
         self.device = device
+        self._stragglers = Stragglers(device)
         self.flops_per_sample: float | None = None
         """Counted FLOPs of training on one sample; None where they are not known, and `mfu` is left out."""
         self.peak_flops: float | None = None
@@ -67,6 +69,7 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elapsed = time.perf_counter() - self._since
+        stragglers = self._stragglers.row()
         sums = {f"sum:{name}": float(v) for name, v in self._sums.items()}
         counts = {f"n:{name}": float(v) for name, v in self._counts.items()}
         totals = all_reduce_sum({"data_wait": self._waited, "elapsed": elapsed} | sums | counts, self.device)
@@ -85,6 +88,7 @@ class Meter:
         }
         if self.flops_per_sample and self.peak_flops:
             row["mfu"] = rate * self.flops_per_sample / self.peak_flops
+        row |= stragglers
         self.restart()
         return row
 
@@ -96,6 +100,7 @@ class Meter:
         self._last: dict[str, float] = {}
         self._steps = 0
         self._waited = 0.0
+        self._stragglers.restart()
         self._since = time.perf_counter()
 
     def pause(self) -> "Pause":
@@ -130,6 +135,7 @@ class Pause:
 
     def __exit__(self, *_: object) -> None:
         self._meter._since += time.perf_counter() - self._start
+        self._meter._stragglers.restart()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -29,6 +29,16 @@ def test_a_run_that_may_start_on_fewer_nodes_starts_where_ranks_divide_the_lanes
         check_job("train", [*run, "cluster.min_nodes=2"])
 
 
+def test_a_run_that_does_not_fit_its_gpus_is_refused(run):
+    assert check_job("train", [*run, "cluster.nodes=2", "cluster.gpu=A100"]).node_counts == [2]
+    large = [*run, "cluster.nodes=2", "model.num_layers=24", "model.attention_head_dim=512"]
+    large += ["model.num_attention_heads=24", "model.joint_attention_dim=64"]
+    with pytest.raises(ConfigError, match=r"on 2 nodes a rank would need .* GiB, and A100 has 79 GiB"):
+        check_job("train", [*large, "cluster.gpu=A100"])
+    with pytest.raises(ConfigError, match="H100"):
+        check_job("train", [*run, "cluster.gpu=abacus"])
+
+
 def test_what_this_machine_lacks_is_not_refused(run):
     check_job("train", [*run, "device=cuda"])
 

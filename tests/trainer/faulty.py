@@ -90,12 +90,14 @@ class Slow(Diffusion):
 
     Args:
         seconds: of a pass.
+        lane: whose passes alone take them; None: all do.
     """
 
-    def __init__(self, seconds: float, **diffusion: Any):
+    def __init__(self, seconds: float, lane: int | None = None, **diffusion: Any):
         super().__init__(**diffusion)
-        self.seconds = seconds
+        self.seconds, self.lane = seconds, lane
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
-        time.sleep(self.seconds)
+        if self.lane is None or batch.draws.places[0][1] == self.lane:
+            time.sleep(self.seconds)
         return super().losses(phase, networks, batch)

@@ -79,7 +79,7 @@ def ranks(size: int) -> Ranks:
 
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(OMP_NUM_THREADS="1", TORCH_FR_BUFFER_SIZE="512")
     # Libraries that look for a launcher (DeepSpeed) find one.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     import torch
