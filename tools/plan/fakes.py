@@ -55,20 +55,19 @@ class Fakes(FakeTensorMode):
     """FakeTensorMode in which modules can be moved and cast.
 
     torch remembers by weak references which tensors it has made fake. `Module.to` swaps fake parameters, and refuses
-    where there are weak references. Remembering serves tensors that are made fake twice; here none is.
+    where there are weak references. Here it remembers no longer than an operator takes.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.fake_tensor_converter.meta_converter.tensor_memo = _LastOnly()  # type: ignore[assignment]
+        super().__init__(allow_non_fake_inputs=True)  # a process's tables are real
+        self._memo: dict[Any, Tensor] = {}
+        self.fake_tensor_converter.meta_converter.tensor_memo = self._memo  # type: ignore[assignment]
 
-
-class _LastOnly(dict):
-    """Forgets all but the last entry, which torch reads after writing it."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.clear()
-        super().__setitem__(key, value)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See FakeTensorMode."""
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self._memo.clear()
+        return out
 
 
 @dataclass

@@ -16,7 +16,7 @@ _KINDS = {
     "averages": "averages (EMA), float32",
     "frozen": "frozen networks",
     "gathered": "gathered weights, buffers of collectives",
-    "activations": "activations",
+    "activations": "activations (compiled blocks keep less)",
     "batch": "samples",
 }
 

@@ -1,5 +1,6 @@
 """One rank's step of the run at one shape, on fake tensors: what it keeps, gathers, computes and sends."""
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from conf.schema import build
 from data.buckets import Bucket
@@ -67,7 +69,20 @@ def rehearse_on_fakes(
         arrange: slices to passes.
         slices: that a rank serves in a step.
         ranks: of the run.
+
+    Raises:
+        ValueError: the objective's losses ask for values, which fake tensors do not have.
     """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of the run's own, and there to be read
+            return _rehearse(config, objective, bucket, arrange, slices, ranks)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        kind = type(objective).__name__
+        raise ValueError(f"the losses of {kind} depend on values ({error.func}), which a plan does not have") from error
+
+
+def _rehearse(config: Any, objective: Objective, bucket: Bucket, arrange: Passes, slices: int, ranks: int) -> Rehearsal:
     passes = arrange.slice_size * slices // arrange.size
     engine_config = replace(build(config.engine), compile=False)
     zero = isinstance(engine_config, DeepSpeed)
