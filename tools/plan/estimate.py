@@ -42,7 +42,8 @@ class Estimate:
         passes: that a rank takes in a step.
         batch: samples in a step.
         steps: of the run.
-        model_flops: of a step over all ranks, as MFU counts them; 0 where the objective does not.
+        model_flops: of a step over all ranks, as MFU counts them, with all samples of that shape; 0 where the objective
+            does not count.
         executed_flops: counted operator by operator: with frozen networks, and what checkpointing computes again.
         traffic: bytes that each rank receives in a step, by collective.
     """

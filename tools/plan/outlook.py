@@ -86,8 +86,8 @@ class Outlook:
     def __str__(self) -> str:
         known = self.estimate
         lines = [
-            f"{known.name}: {known.ranks} ranks on {self.device}, a batch of {known.batch} in {known.passes} passes of"
-            f" {known.pass_size}; at its largest shape, {known.bucket}",
+            f"{known.name}: {known.ranks} ranks on {self.device}, a batch of {known.batch} ({known.passes} x"
+            f" {known.pass_size} a rank), all at the largest shape, {known.bucket}",
             "",
             f"{'parameters':<44}{'trained':>16}{'frozen':>16}",
             *(f"  {name:<42}{counts[0]:>16,}{counts[1]:>16,}" for name, counts in known.parameters.items()),

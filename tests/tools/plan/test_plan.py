@@ -19,7 +19,7 @@ def planned(capsys, *overrides: str) -> dict:
 def test_it_prints_memory_time_and_cost(capsys):
     assert cli.execute(["plan", *SMALL, "cluster.processes=4", "plan.price_per_gpu_hour=2"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("demo: 4 ranks on H100, a batch of 8 in 1 passes of 2")
+    assert text.startswith("demo: 4 ranks on H100, a batch of 8 (1 x 2 a rank)")
     for part in ("denoiser", "optimizer moments", "fits: ", "seconds at 35% MFU", "300 kB a sample, assumed", "cost"):
         assert part in text
 
