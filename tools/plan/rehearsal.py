@@ -108,20 +108,15 @@ def _rehearse(config: Any, objective: Objective, bucket: Bucket, arrange: Passes
         for phase in objective.phases:
             for measured in (False, True):
                 account.start()
-                last = measured or passes == 1
-                with engine.accumulating(phase, last=last):
+                with engine.accumulating(phase, last=measured or passes == 1):
                     losses = objective.losses(phase, engine.networks, batch)
                     engine.backward(phase, losses.per_sample.sum() / config.batch)
                 del losses
                 if not measured:
                     whole_gradients = max(whole_gradients, account.bytes(ACTIVATIONS))
                     account.settle(GRADIENTS)
-                if last:
-                    traffic.update(account.traffic if measured else {})
-                else:
-                    traffic.update({name: (passes - 1) * sent for name, sent in account.traffic.items()})
-                if last and not measured:
-                    engine.discard(phase)
+                times = 1 if measured else passes - 1
+                traffic.update({name: times * sent for name, sent in account.traffic.items()})
             engine.discard(phase)
             flops += account.flops
             if account.peak > sum(peak.values()):
