@@ -31,6 +31,7 @@ from trainer.config import Config as TrainConfig
 from trainer.config import preflight as train_preflight
 from trainer.hardware import DEVICES, device_named
 
+_DEVICE = "H100"
 _EVERY = "experiment=all"
 _OF_CLUSTER = re.compile(r"[+~]*cluster\b")
 # So many processes, of 0.5 GiB each.
@@ -42,7 +43,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class PlanConfig:
     """`plan` of conf/plan.yaml, whose comments explain the keys."""
 
-    device: str
+    device: str | None
     memory: PositiveFloat | None
     headroom: Annotated[float, Field(ge=0, lt=1)]
     mfu: Share
@@ -86,11 +87,12 @@ def outlook_of(overrides: Sequence[str]) -> Outlook:
         ConfigError: see `plan`.
     """
     config = _compose(overrides)
-    ranks = _ranks(overrides)
+    ranks, gpu = _place(overrides)
     settings = config.plan
-    device = device_named(settings.device)
+    name = settings.device or gpu or _DEVICE
+    device = device_named(name)
     if device is None:
-        raise ConfigError(f"plan.device={settings.device!r}: one of {', '.join(known.name for known in DEVICES)}.")
+        raise ConfigError(f"plan.device={name!r}: one of {', '.join(known.name for known in DEVICES)}.")
     memory = int(settings.memory * 2**30) if settings.memory is not None else device.memory
     _preflight(config, ranks)
     known = estimate(config, ranks)
@@ -141,12 +143,13 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def _ranks(overrides: Sequence[str]) -> int:
+def _place(overrides: Sequence[str]) -> tuple[int, str | None]:
+    """How many ranks the run has, and on which GPUs if the cluster's config tells."""
     config = compose("plan", list(overrides), missing="null")
     if config.cluster.kind != "slurm":
-        return ranks_of(config)
+        return ranks_of(config), None
     resources = Resources(**OmegaConf.to_container(config.cluster))  # type: ignore[arg-type]
-    return resources.nodes * resources.ranks
+    return resources.nodes * resources.ranks, resources.gpu
 
 
 def _preflight(config: DictConfig, ranks: int) -> None:

@@ -39,9 +39,10 @@ def test_what_does_not_fit_is_said_with_what_to_change(capsys):
     assert text.index("more ranks share") < text.index("engine.offload=true")
 
 
-def test_ranks_are_those_of_slurm_nodes(capsys):
-    outlook = planned(capsys, *SMALL, "cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=2")
-    assert outlook["estimate"]["ranks"] == 4
+def test_ranks_and_gpus_are_those_of_slurm_nodes(capsys):
+    nodes = ["cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=2", "cluster.gpu=L4"]
+    outlook = planned(capsys, *SMALL, *nodes)
+    assert outlook["estimate"]["ranks"] == 4 and outlook["device"] == "L4"
 
 
 def test_bytes_of_samples_are_those_of_manifests(capsys, tmp_path):
