@@ -143,8 +143,9 @@ def submit_job(checked: Checked) -> Submitted:
     checked.chain.add("submitted", job, kind=checked.job, kept=kept.name, elements=len(elements))
     if len(elements) == 1:
         return Submitted(job, job, checked.folder)
-    # The same command without a task: what is done by now is passed over, what needs all of it is made.
-    rest = checked.work([["cluster=tasks", "cluster.tasks=1"]], kept / "logs" / "rest", Chain(kept / "rest.jsonl"))
+    # The same command without a task: what is done by now is passed over, what needs all of it is made, on all cores.
+    tasks = f"cluster.tasks={checked.resources.cpus_per_rank}"
+    rest = checked.work([["cluster=tasks", tasks]], kept / "logs" / "rest", Chain(kept / "rest.jsonl"))
     last = submit([rest], kept / "submitit", code, dependency=f"afterok:{job}")
     checked.chain.add("submitted", last, kind=checked.job, kept=kept.name, after=job)
     return Submitted(job, last, checked.folder)

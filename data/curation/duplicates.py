@@ -34,7 +34,8 @@ class Duplicates(GlobalFilter):
 
     A distance of 8 finds crops of up to 8 % of the sides, together with resizing and strong JPEG compression; one of 10
     reaches 10 %. Of random hashes one pair in 3.6 * 10**9 is within 8 bits, and two pictures compare 21 pairs: among
-    10**6 pictures some 3,000 pairs are near by chance, and colours tell nearly all of them apart.
+    10**6 pictures some 3,000 pairs are near by chance, and colours tell nearly all of them apart. What differs in
+    details alone (skin tones, hands of a clock, small signs on one ground) counts as the same.
 
     Needs the columns of `content_hash` and `perceptual_hash`.
 
