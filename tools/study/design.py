@@ -64,7 +64,7 @@ class Study:
             overrides that go together (`size: {d2: [model.num_layers=2, schedule.lr=1e-3], ...}`).
         seeds: every combination runs once with each.
         measure: numbers to take from each run, by name. Beside them every run has `parameters`, `steps`, `samples`,
-            `flops` (counted, of the training until then) and `hours`.
+            `flops` (counted, of all its training) and `hours`.
         settings: numbers to take from each run's configuration, by name: {lr: schedule.lr}.
         analyses: what to make of the numbers, by name.
         when: further overrides of some combinations.

@@ -1,5 +1,6 @@
 """Runs commands on this machine, a few at a time, each a process of its own with its share of the cores."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from types import FrameType
 from typing import IO
 
 from tools.launch import LAUNCHER, last_words
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -127,6 +130,7 @@ class Pool:
                 elif not self._asked:
                     running.process.send_signal(number)
             self._asked.append(signal.Signals(number))
+            log.warning("asked to stop by %s: what runs saves and leaves", signal.Signals(number).name)
 
         earlier = {number: signal.signal(number, forward) for number in _FORWARDED}
         try:
