@@ -79,7 +79,8 @@ class Where:
                 near = difflib.get_close_matches(column, names, n=1, cutoff=0.6)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise WhereError(
-                    f"where={self.text!r}: there is no column {column!r}; {hint}there are: {', '.join(names)}"
+                    f"where={self.text!r}: there is no column {column!r}; {hint}there are: {', '.join(names)}; "
+                    "`millrace curate` writes columns of scores"
                 )
 
     def conjuncts(self) -> list["Where"]:

@@ -3,11 +3,23 @@
 import numpy as np
 import pyarrow as pa
 
+from conf.errors import ConfigError
+from data.curation.base import ShardColumns
 
-def vectors_of(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of N rows have an embedding (of a length that is finite and not zero), (N,) bool, and those embeddings,
-    (m, d) float32, scaled to length one."""
-    array = column.combine_chunks()
+
+def read_vectors(shard: ShardColumns, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which of a shard's N rows have an embedding (of a length that is finite and not zero), (N,) bool, and those
+    embeddings, (m, d) float32, scaled to length one.
+
+    Raises:
+        ConfigError: the column holds something else.
+    """
+    array = shard.read([column])[column].combine_chunks()
+    kinds = (pa.types.is_null, pa.types.is_list, pa.types.is_fixed_size_list)
+    if not any(kind(array.type) for kind in kinds):
+        raise ConfigError(
+            f"embedding={column!r} is a column of {array.type}, not of embeddings: choose one of the filter clip"
+        )
     present = array.is_valid().to_numpy(zero_copy_only=False).copy()
     if not present.any():
         return present, np.zeros((0, 0), np.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.curation.base import GlobalFilter, ShardColumns
-from data.curation.embeddings import vectors_of
+from data.curation.embeddings import read_vectors
 from data.tracking import RunLog
 
 _KEY = re.compile(r"(?:.+?\.)??(?:(\d+)\.)?(weight|bias)")
@@ -130,7 +130,7 @@ class EmbeddingHead(GlobalFilter):
     ) -> Iterator[pa.Table]:
         """See `GlobalFilter`. One process does it all: it takes little more than reading the embeddings."""
         for shard in shards:
-            present, vectors = vectors_of(shard.read(self.needs)[self.needs[0]])
+            present, vectors = read_vectors(shard, self.needs[0])
             if len(vectors) and vectors.shape[1] != self.head.width:
                 raise ValueError(
                     f"{self.name}: the head takes embeddings of {self.head.width} numbers, the column {self.needs[0]!r}"

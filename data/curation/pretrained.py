@@ -56,7 +56,8 @@ def load_part(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
         with without_bars():
             return load(folder, **options)
     except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]  # a list of all model types may follow
+        raise ValueError(f"{folder} cannot be loaded: {reason}") from error
 
 
 def load_model(kind: Any, folder: Path, dtype: Dtype, device: Device) -> Any:

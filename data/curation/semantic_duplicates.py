@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.curation.base import GlobalFilter, ShardColumns
-from data.curation.embeddings import vectors_of
+from data.curation.embeddings import read_vectors
 from data.curation.groups import connect, rank_groups
 from data.curation.scratch import scratch_folder
 from data.store import cache_root
@@ -192,7 +192,7 @@ def _collect(vectors: _Vectors, shards: Sequence[ShardColumns], starts: np.ndarr
     """Write the shards' embeddings to the scratch file."""
     file, flags = vectors.array("vectors", np.float16, vectors.width), vectors.array("present", np.bool_)
     for i in task.own(range(len(shards))):
-        present, found = vectors_of(shards[i].read([column])[column])
+        present, found = read_vectors(shards[i], column)
         if len(found):
             if found.shape[1] != vectors.width:
                 raise ValueError(f"{column!r} has {vectors.width} numbers in some shards, {found.shape[1]} in others")
@@ -277,7 +277,7 @@ def near_groups(vectors: np.ndarray, members: np.ndarray, threshold: float) -> n
 def _width(shards: Sequence[ShardColumns], column: str) -> int | None:
     """Numbers in an embedding; None if no sample has one."""
     for shard in shards:
-        _, vectors = vectors_of(shard.read([column])[column])
+        _, vectors = read_vectors(shard, column)
         if len(vectors):
             return vectors.shape[1]
     return None

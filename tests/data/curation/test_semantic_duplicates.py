@@ -13,6 +13,7 @@ import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 from shard_files import write_tar
 
+from conf.errors import ConfigError
 from data.curate import curate
 from data.curation import semantic_duplicates
 from data.curation.groups import connect
@@ -188,6 +189,12 @@ def write_shards(folder: Path, vectors: np.ndarray, shards: int) -> list[Manifes
     for manifest, part in zip(manifests, parts, strict=True):
         write_scores(manifest, "clip", table_of(vectors[part]), store)
     return manifests
+
+
+def test_a_column_that_holds_no_embeddings_is_named(tmp_path):
+    table = pa.table({"clip_similarity": pa.array([0.5, None, 0.25], pa.float32())})
+    with pytest.raises(ConfigError, match="embedding='clip_similarity' is a column of float, not of embeddings"):
+        run(tmp_path, [Shard(table)], embedding="clip_similarity")
 
 
 @pytest.mark.slow
