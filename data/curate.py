@@ -132,6 +132,8 @@ def run(config: Config) -> None:
     print(summary(manifests, scored, time.perf_counter() - started))
     if page is not None:
         print(f"report: {redact(page)}")
+    elif config.report:
+        print("report: not of one task alone; the same command without cluster.task writes it")
 
 
 def curate(
@@ -179,7 +181,9 @@ def curate(
 
 def recipe(one: Filter, settings: Settings) -> Recipe:
     """What makes a filter's scores what they are."""
-    seen = {"side": settings.side, "frames": ", ".join(one.frames)} if one.media == "image" else {}
+    seen: dict[str, Any] = {"side": settings.side, "frames": ", ".join(one.frames)} if one.media == "image" else {}
+    if one.batched:  # models round differently in other batches
+        seen["samples_at_once"] = settings.batch
     return Recipe(one.version, as_json({**one.settings(), **seen}))
 
 

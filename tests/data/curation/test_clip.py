@@ -19,10 +19,11 @@ from shard_files import as_json, picture, write_tar
 from tiny_models import LENGTH, drop_weight, save_clip, save_siglip
 from torch import nn
 
-from data.curate import Settings, curate
+from data.curate import Settings, curate, recipe
 from data.curation.base import Media
 from data.curation.clip import Clip, Embedder
 from data.curation.heads import EmbeddingHead, Head
+from data.curation.sharpness import Sharpness
 from data.index import ensure_indexed
 from data.manifest import Manifest
 from data.scores import score_url
@@ -130,6 +131,12 @@ def test_what_changes_scores_is_in_the_settings(clip_folder, tmp_path):
     assert Clip(str(copy), device="cpu").settings() == base
     assert Clip(str(clip_folder), dtype="bfloat16").settings() != base
     assert Clip(str(save_clip(tmp_path / "other", seed=5))).settings() != base
+
+
+def test_scores_of_models_depend_on_the_batch_and_others_do_not(clip_folder):
+    clip, sharpness = Clip(str(clip_folder), device="cpu"), Sharpness()
+    assert recipe(clip, Settings(batch=7)) != recipe(clip, Settings(batch=8))
+    assert recipe(sharpness, Settings(batch=7)) == recipe(sharpness, Settings(batch=8))
 
 
 def test_models_that_are_not_whole_are_refused(clip_folder, tmp_path):

@@ -83,7 +83,9 @@ def test_the_job_scores_skips_what_is_done_and_redoes_what_changed(tmp_path):
 def test_a_single_task_scores_its_own_shards_and_a_last_run_the_rest(tmp_path):
     write_shards(tmp_path, 4, 5)
     command = [f"shards={tmp_path}", "max_errors=0.2", "filter=duplicates"]
-    assert job(*command, "cluster.tasks=3", "cluster.task=0").returncode == 0
+    part = job(*command, "cluster.tasks=3", "cluster.task=0", f"report={tmp_path / 'report'}")
+    assert part.returncode == 0 and "without cluster.task writes it" in part.stdout
+    assert not (tmp_path / "report").exists()
     assert list(scores_of(tmp_path, "content_hash")) == ["00000.content_hash.parquet", "00003.content_hash.parquet"]
     assert not scores_of(tmp_path, "duplicates")
     done = job(*command)
