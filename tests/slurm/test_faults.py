@@ -54,8 +54,9 @@ def outcomes(run: Submitted) -> list[str]:
 
 
 def test_a_run_whose_time_is_up_saves_and_is_queued_again(lab, folder, undisturbed):
-    run = submitted(lab, folder, "limit", "cluster.time=1", "cluster.signal_lead=20", "checkpoint.every=1000", pace=1.0)
-    assert run.wait() == "COMPLETED", run.told()
+    # SLURM warns up to half a minute early.
+    run = submitted(lab, folder, "limit", "cluster.time=2", "cluster.signal_lead=30", "checkpoint.every=1000", pace=1.8)
+    assert run.wait(400) == "COMPLETED", run.told()
     assert run.losses() == undisturbed
     *limits, last = outcomes(run)
     assert set(limits) == {"time limit"} and last == "finished"
