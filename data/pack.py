@@ -60,7 +60,7 @@ class Config:
         short_side: see `Pictures`, as are the next three.
         format: of pictures.
         quality: of pictures.
-        verify: decode pictures that are copied.
+        verify: decode also what is copied: pictures, texts and JSON.
         clips: how clips within videos (`manifest: clips` of a source) are cut out: "copy" at key frames, not encoded
             anew, or "encode" at exactly their frames.
         columns: of manifests and score files that go into the samples' `.json`.

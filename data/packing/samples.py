@@ -160,6 +160,8 @@ def pack(row: Row, fetched: dict[str, bytes] | ContentError, contents: Contents)
             members = _cut_out(members, list(members)[chosen[0]], row.part, contents.clips)
         caption = _put_caption(members, row, contents)
         _put_fields(members, row, contents, size)
+        if contents.pictures.verify:
+            _check_texts(members)
     except (DecodeError, ContentError, VideoError) as error:
         return Packed(row, "failed_to_resize", str(error))
     return Packed(row, "success", None, tuple(members.items()), caption, size)
@@ -212,6 +214,19 @@ def _original(fields: Mapping[str, Any]) -> dict[str, Any]:
     noted = {standard_name(name): value for name, value in fields.items()}
     names = ("original_width", "original_height")
     return {name: noted[name] for name in names} if all(noted.get(name) for name in names) else {}
+
+
+def _check_texts(members: Mapping[str, bytes]) -> None:
+    """Texts that whoever reads the packed tars would stop at."""
+    for name, data in members.items():
+        kind = name.rpartition(".")[2]
+        try:
+            if kind in ("txt", "json"):
+                data.decode()
+            if kind == "json":
+                json.loads(data)
+        except ValueError as error:
+            raise ContentError(f"its .{name} cannot be read: {error}") from error
 
 
 def _object(data: bytes) -> dict[str, Any]:

@@ -324,6 +324,22 @@ def test_unreadable_samples_are_counted_listed_and_left_out(tmp_path, capsys):
     assert not tars(tmp_path / "strict") and not list((tmp_path / "strict").glob(".*"))
 
 
+@pytest.mark.parametrize(("member", "damaged"), [("txt", b"caf\xe9"), ("json", b'{"width": '), ("json", b"\xff{}")])
+def test_texts_that_readers_would_stop_at_are_left_out(tmp_path, capsys, member, damaged):
+    whole = {"jpg": picture(24, 16, seed=0), "txt": b"a caption", "json": b"{}"}
+    samples = {"0": whole, "1": whole | {member: damaged}, "2": whole}
+    parts = [(f"{key}.{name}", data) for key, members in samples.items() for name, data in members.items()]
+    write_tar(tmp_path / "in" / "0.tar", parts)
+    given = [f"data.sources.x.shards={tmp_path / 'in'}", "max_errors=0.5"]
+    assert run(f"out={tmp_path / 'out'}", *given) == 0
+    assert f"its .{member} cannot be read" in capsys.readouterr().out
+    files = [str(path) for path in tars(tmp_path / "out")]
+    read = webdataset.WebDataset(files, shardshuffle=False, empty_check=False).decode("pil")
+    assert {found["__key__"] for found in read} == {"0", "2"}
+    assert run(f"out={tmp_path / 'as_is'}", "verify=false", *given) == 0
+    assert in_tar(tmp_path / "as_is")["1"][member] == damaged
+
+
 def test_checksums_find_what_still_decodes(tmp_path):
     path = write_shard(tmp_path / "in" / "0.tar", [sample(i) for i in range(10)])
     ensure_indexed([str(path)], Store(), checksum="xxh128")
