@@ -44,6 +44,9 @@ class Writer:
             images: the pictures.
             prompt: the request to a chat model; for others the beginning of every text, which is kept.
             tokens: of the longest text.
+
+        Raises:
+            ValueError: the model has no positions for that many.
         """
         shown = [Image.fromarray(image) for image in images]
         if self._chats:
@@ -52,10 +55,21 @@ class Writer:
             beginning = {"text": [prompt] * len(shown)} if prompt else {}
             inputs = self._processor(images=shown, return_tensors="pt", **beginning)
         inputs = inputs.to(self.model.device, self.model.dtype)
+        self._check_length(inputs, tokens)
         before = inputs["input_ids"].shape[1] if self._chats and not self.model.config.is_encoder_decoder else 0
         written = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=tokens)
         texts = self._tokenizer.batch_decode(written[:, before:], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
+
+    def _check_length(self, inputs: Mapping[str, Any], tokens: int) -> None:
+        text = self.model.config.get_text_config(decoder=True)
+        given = inputs["input_ids"].shape[1] if "input_ids" in inputs and not text.is_encoder_decoder else 1
+        positions = getattr(text, "max_position_embeddings", None)
+        if positions is not None and given + tokens - 1 > positions:  # the last token is written, not read
+            raise ValueError(
+                f"tokens={tokens}, after {given} that the model is given, do not fit the {positions} positions of "
+                f"{self.model.name_or_path}: at most {positions - given + 1}"
+            )
 
     def _request(self, images: Sequence[Image.Image], prompt: str) -> Any:
         words = [{"type": "text", "text": prompt}] if prompt else []

@@ -1,5 +1,6 @@
 """Captions by tiny random models of real classes: as transformers writes them picture by picture; and in a mix."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_blip_writes_what_it_writes_for_each_picture_alone(tmp_path, prompt):
     assert captions(folder, prompt=prompt) == alone
     assert len(set(alone)) > 1
     assert all(text.startswith(prompt) for text in alone)
+
+
+def test_more_tokens_than_the_model_has_positions_for_are_refused_and_as_many_are_not(tmp_path):
+    folder = save_blip(tmp_path)
+    limit = json.loads((folder / "config.json").read_text())["text_config"]["max_position_embeddings"]
+    with pytest.raises(ValueError, match=f"tokens={limit + 1}, after 1 .* the {limit} positions .* at most {limit}"):
+        Captioner(str(folder), tokens=limit + 1, dtype="float32", device="cpu").score(samples())
+    assert len(Captioner(str(folder), tokens=limit, dtype="float32", device="cpu").score(samples())) == len(SIZES)
 
 
 def test_a_chat_model_answers_and_the_request_is_no_part_of_the_caption(tmp_path):
