@@ -1,4 +1,4 @@
-"""One SLURM cluster for the session's tests."""
+"""One SLURM cluster for the session's tests, and data for what runs on it."""
 
 import shutil
 import tempfile
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.lab import Lab, unavailable
+from tools.demo.scenes import write_tars
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,11 @@ def lab() -> Iterator[Lab]:
     yield cluster
     cluster.close()
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a module's runs, with drawn scenes to train on."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_tars(folder / "scenes", 60, seed=0)
+    return folder

@@ -7,19 +7,11 @@ import pytest
 from tests.slurm.lab import Lab, wait_for
 from tests.slurm.submitting import Submitted, command
 from tests.trainer.jobs import train_on
-from tools.demo.scenes import write_tars
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STEPS = 24
 SLOW = ["objective._target_=tests.trainer.faulty.Slow", f"steps={STEPS}", "checkpoint.every=5"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    write_tars(folder / "scenes", 60, seed=0)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """Nodes that are not fit are named and left out; jobs that get nowhere are given up."""
 
-from pathlib import Path
-
 import pytest
 
 from slurm.health import Report, verdict
 from slurm.queue import seconds
 from tests.slurm.submitting import Submitted
-from tools.demo.scenes import write_tars
 
 
 def sound(*others: str) -> Report:
@@ -46,13 +43,6 @@ def test_slurms_times():
         None,
         None,
     ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("health")
-    write_tars(folder / "scenes", 60, seed=0)
-    return folder
 
 
 @pytest.mark.slow

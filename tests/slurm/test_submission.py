@@ -1,19 +1,9 @@
 """Runs that are submitted: on two nodes, through either launcher, as on this machine; and what is refused."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.slurm.submitting import Submitted
 from tests.trainer.jobs import train_on
-from tools.demo.scenes import write_tars
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("submission")
-    write_tars(folder / "scenes", 60, seed=0)
-    return folder
 
 
 @pytest.mark.slow
