@@ -1,4 +1,4 @@
-"""Positions of the patches of a grid, fixed or trained. A smaller grid, of any aspect, takes the centre of the table."""
+"""Positions of the patches of a grid, fixed or trained. A smaller grid, of any aspect, takes the centre of a table."""
 
 import torch
 from torch import Tensor, nn
