@@ -16,14 +16,15 @@ def test_sound_nodes_pass():
 
 
 def test_a_node_is_bad_by_its_own_words_by_silence_and_by_its_clock():
-    late = sound("a")
-    late.clock = 160.0
+    fast, slow = sound("a"), sound("a")
+    fast.clock, slow.clock = 160.0, 40.0
     broken = Report(["3 of 4 GPUs", "cannot write to /tmp: No space left on device"])
-    bad = verdict({"a": sound("b"), "b": late, "c": None, "d": broken, "e": sound("a")}, None)
+    bad = verdict({"a": sound("b"), "b": fast, "c": None, "d": broken, "e": sound("a"), "f": slow}, None)
     assert bad == {
         "b": "its clock is +60 s off the others'",
         "c": "no answer",
         "d": "3 of 4 GPUs, cannot write to /tmp: No space left on device",
+        "f": "its clock is -60 s off the others'",
     }
 
 
