@@ -27,6 +27,7 @@ from data.scores import write_scores
 from data.store import Store
 from data.tars import TarData
 from tests.data.shard_files import picture, sample, write_shard, write_tar
+from tests.foreign import ask, install
 from tools.cli import JOBS, execute
 
 ROOT = Path(__file__).parents[2]
@@ -322,6 +323,61 @@ def test_unreadable_samples_are_counted_listed_and_left_out(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "more than max_errors allows" in shown and "000003" in shown
     assert not tars(tmp_path / "strict") and not list((tmp_path / "strict").glob(".*"))
+
+
+OPEN_CLIP = """
+import json, sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+# torchvision does not import beside torch's CPU build. open_clip's loader only calls the transform that it is given.
+for name in ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
+    sys.modules["torchvision" + name] = MagicMock()
+from open_clip_train.data import get_dataset_size, get_wds_dataset
+
+# The way that open_clip validates: its training wraps inner parts of a webdataset older than ours.
+settings = SimpleNamespace(val_data=sys.argv[1], val_num_samples=None, batch_size=1, workers=1)
+data = get_wds_dataset(settings, lambda picture: picture.size, is_train=False, tokenizer=lambda text: [text])
+read = [[[int(side) for side in sizes[0]], texts[0]] for sizes, texts in data.dataloader]
+print(json.dumps([get_dataset_size(sys.argv[1]), sorted(read)]))
+"""
+
+IMG2DATASET = """
+import json, sys
+from unittest.mock import MagicMock
+import pyarrow
+
+for name in ("albumentations", "exifread", "fire"):  # of its downloads and command line, not of its reader
+    sys.modules[name] = MagicMock()
+from img2dataset.reader import Reader
+
+reader = Reader(sys.argv[1], "parquet", "url", "caption", None, None, ["key"], 1000, set(), sys.argv[2])
+shards = [pyarrow.ipc.open_file(path).read_all() for _, path in reader]
+print(json.dumps([row for shard in shards for row in shard.to_pylist()]))
+"""
+
+
+@pytest.mark.slow
+def test_open_clip_and_img2dataset_read_what_was_packed(tmp_path):
+    overrides = write_sources(tmp_path)
+    out = tmp_path / "out"
+    assert run(f"out={out}", "samples_per_shard=25", *overrides) == 0
+    packed = in_tar(out)
+    libraries = tmp_path / "libraries"
+    versions = ["open_clip_torch==3.3.0", "ftfy==6.3.1", "img2dataset==1.47.0", "pandas==3.1.1", "python-dateutil"]
+    install(libraries, *versions, "wcwidth", "six")
+
+    (count, shards), read = ask(libraries, OPEN_CLIP, str(out / "{00000..00001}.tar"))
+    pairs = [(Image.open(io.BytesIO(own["jpg"])).size, own["txt"].decode()) for own in packed.values()]
+    assert (count, shards) == (len(packed), 2) == (49, 2)  # by sizes.json
+    assert read == sorted([list(size), text] for size, text in pairs)
+
+    rows = ask(libraries, IMG2DATASET, str(out / "00000.parquet"), str(tmp_path))
+    with tarfile.open(out / "00000.tar") as tar:
+        assert [row["key"] for row in rows] == [name[:-4] for name in tar.getnames() if name.endswith(".txt")]
+    for row in rows:
+        own = packed[row["key"]]
+        assert (row["caption"], row["url"]) == (own["txt"].decode(), json.loads(own["json"])["url"])
 
 
 @pytest.mark.parametrize(("member", "damaged"), [("txt", b"caf\xe9"), ("json", b'{"width": '), ("json", b"\xff{}")])
