@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -24,10 +23,12 @@ from data.curation.passes import score_batch
 from data.curation.report import make_report
 from data.index import ensure_indexed
 from data.manifest import Manifest
-from data.scores import Recipe, Scored, ScoreError, as_json, read_scored, write_scores
+from data.scores import Recipe, Scored, ScoreError, as_json, error_counts, failures, read_scored, write_scores
 from data.store import Store, redact, remove_leftovers
 from data.tasks import Task, Tasks, run_tasks
 from data.tracking import LogConfig, RunLog, job_log
+
+_FAILURES_SHOWN = 20
 
 
 @dataclass
@@ -289,26 +290,20 @@ def summary(manifests: Sequence[Manifest], scored: Mapping[str, Sequence[Scored 
     rows = sum(m.rows for m in manifests)
     lines = [f"{len(manifests)} shards, {rows} samples, {seconds:.1f} s"]
     for name, files in scored.items():
-        counts, missing = _error_counts(files), sum(file is None for file in files)
+        counts, missing = error_counts(files), sum(file is None for file in files)
         lines.append(f"  {name}: {len(files) - missing} of {len(files)} shards scored, {counts.total()} errors")
         lines += [f"    {reason} ({count})" for reason, count in counts.most_common()]
-        examples = ((m, e) for m, file in zip(manifests, files, strict=True) if file is not None for e in file.errors)
-        for manifest, error in islice(examples, 10):
-            lines.append(f"      {redact(manifest.shard)}: {error.key}: {error.detail or error.reason}")
+    failed = failures(manifests, scored)
+    for one in failed[:_FAILURES_SHOWN]:
+        lines.append(f"  {one.shard}: {one.key}: {one.detail or one.reason} ({', '.join(one.filters)})")
+    if len(failed) > _FAILURES_SHOWN:
+        lines.append(f"  and {len(failed) - _FAILURES_SHOWN} more; report=<folder> lists them")
     return "\n".join(lines)
-
-
-def _error_counts(files: Sequence[Scored | None]) -> Counter[str]:
-    """A filter's errors by reason, over all shards."""
-    counts: Counter[str] = Counter()
-    for file in files:
-        counts.update(dict(file.error_counts if file is not None else ()))
-    return counts
 
 
 def _log_tables(log: RunLog, manifests: Sequence[Manifest], scored: Mapping[str, Sequence[Scored | None]]) -> None:
     """What there is and what went wrong, for W&B."""
-    at, errors = sum(m.rows for m in manifests), {name: _error_counts(files) for name, files in scored.items()}
+    at, errors = sum(m.rows for m in manifests), {name: error_counts(files) for name, files in scored.items()}
     filters = [
         (name, sum(file is not None for file in files), len(files), errors[name].total())
         for name, files in scored.items()

@@ -6,7 +6,7 @@ the state of the shard that it belongs to, a hash of its rows, and what went wro
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,6 +70,50 @@ class Scored:
     content: str
     error_counts: tuple[tuple[str, int], ...] = ()
     errors: tuple[ScoreError, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampleFailure:
+    """A sample that filters could not score, for one reason that they share.
+
+    Args:
+        shard: its shard, fit for logs.
+        key: of the sample.
+        reason, detail: see `ScoreError`.
+        filters: that failed so.
+    """
+
+    shard: str
+    key: str
+    reason: str
+    detail: str
+    filters: list[str] = field(default_factory=list)
+
+
+def error_counts(files: Sequence[Scored | None]) -> Counter[str]:
+    """A filter's errors by reason, over all shards."""
+    counts: Counter[str] = Counter()
+    for file in files:
+        counts.update(dict(file.error_counts if file is not None else ()))
+    return counts
+
+
+def failures(manifests: Sequence[Manifest], scored: Mapping[str, Sequence[Scored | None]]) -> list[SampleFailure]:
+    """The samples that are known to have failed, each once for each reason, in the order of shards and rows.
+
+    Args:
+        manifests: of the shards.
+        scored: by filter, what there is for each shard.
+    """
+    found: list[SampleFailure] = []
+    for i, manifest in enumerate(manifests):
+        errors = [(error, name) for name, files in scored.items() if (file := files[i]) for error in file.errors]
+        of_shard: dict[ScoreError, SampleFailure] = {}
+        for error, name in sorted(errors, key=lambda one: one[0].row):
+            first = SampleFailure(redact(manifest.shard), error.key, error.reason, error.detail)
+            of_shard.setdefault(error, first).filters.append(name)
+        found += of_shard.values()
+    return found
 
 
 def as_json(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What curation found, for people: the funnel of a `where` clause, groups of duplicates, errors."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,8 +9,8 @@ from data.curation.sheets import Sheets
 from data.funnel import Funnel, Near, Stage, funnel
 from data.manifest import Manifest
 from data.page import Page, axes, png_of
-from data.scores import open_scores, read_scored, score_names
-from data.store import Store, redact
+from data.scores import error_counts, failures, open_scores, read_scored, score_names
+from data.store import Store
 
 GROUPS = 4
 """Groups of duplicates that are shown, the largest first."""
@@ -125,24 +124,17 @@ def _show_groups(page: Page, name: str, manifests: Sequence[Manifest], store: St
 
 
 def _show_errors(page: Page, names: Sequence[str], manifests: Sequence[Manifest], store: Store) -> None:
-    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
-    listed = []
-    for name in names:
-        shown = 0
-        for manifest in manifests:
-            scored = read_scored(manifest, name, store)
-            if scored is None:
-                continue
-            counts[name].update(dict(scored.error_counts))
-            for error in scored.errors[: ERRORS - shown]:
-                listed.append((name, redact(manifest.shard), error.key, error.reason, error.detail))
-                shown += 1
+    scored = {name: [read_scored(manifest, name, store) for manifest in manifests] for name in names}
+    failed = failures(manifests, scored)
     page.heading("Errors")
-    if not listed:
+    if not failed:
         page.paragraph("None.")
         return
+    counts = [(name, *counted) for name, files in scored.items() for counted in error_counts(files).most_common()]
+    page.table(["filter", "reason", "samples"], counts)
     page.table(
-        ["filter", "reason", "samples"],
-        [(name, reason, count) for name in names for reason, count in counts[name].most_common()],
+        ["shard", "sample", "reason", "detail", "filters"],
+        [(one.shard, one.key, one.reason, one.detail, ", ".join(one.filters)) for one in failed[:ERRORS]],
     )
-    page.table(["filter", "shard", "sample", "reason", "detail"], listed)
+    if len(failed) > ERRORS:
+        page.paragraph(f"And {len(failed) - ERRORS} more.")

@@ -99,7 +99,7 @@ def test_errors_are_listed_and_too_many_stop_the_job(tmp_path, damaged):
         name, data = pictures[5 * i]
         pictures[5 * i] = name, data[: len(data) // 2]
     write_tar(tmp_path / "a.tar", pictures)
-    done = job(f"shards={tmp_path}", "filter=sharpness")
+    done = job(f"shards={tmp_path}", "filter=[sharpness,blank]")
     if damaged == 3:
         assert done.returncode == 1
         assert len(done.stderr.strip().splitlines()[-1:]) == 1
@@ -109,6 +109,8 @@ def test_errors_are_listed_and_too_many_stop_the_job(tmp_path, damaged):
         return
     assert done.returncode == 0, done.stderr
     assert "sharpness: 1 of 1 shards scored, 1 errors" in done.stdout and "undecodable picture (1)" in done.stdout
+    (listed,) = [line for line in done.stdout.splitlines() if "a.tar: 00: " in line]  # once, however many filters fail
+    assert "cannot decode" in listed and listed.endswith(" (sharpness, blank)")
     store = Store()
     (manifest,) = ensure_indexed(store.expand(str(tmp_path)), store)
     scored = read_scored(manifest, "sharpness", store)
