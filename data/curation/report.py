@@ -1,6 +1,6 @@
 """What curation found, for people: the funnel of a `where` clause, groups of duplicates, errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from data.curation.sheets import Sheets
 from data.funnel import Funnel, Near, Stage, funnel
 from data.manifest import Manifest
 from data.page import Page, axes, png_of
-from data.scores import error_counts, failures, open_scores, read_scored, score_names
+from data.scores import Scored, error_counts, failures, open_scores, read_scored, score_names
 from data.store import Store
 
 GROUPS = 4
@@ -38,9 +38,12 @@ def make_report(manifests: Sequence[Manifest], store: Store, where: str | None =
     if where is not None:
         _show_funnel(page, funnel(manifests, store, where, ON_SHEET), where, sheets)
     names = score_names(manifests[0].url, store)
-    for name in names:
-        _show_groups(page, name, manifests, store, sheets)
-    _show_errors(page, names, manifests, store)
+    scored = {name: [read_scored(manifest, name, store) for manifest in manifests] for name in names}
+    for name, files in scored.items():
+        if all(files):
+            _show_groups(page, name, manifests, store, sheets)
+    _show_errors(page, manifests, scored)
+    _show_missing(page, scored)
     return page
 
 
@@ -123,8 +126,7 @@ def _show_groups(page: Page, name: str, manifests: Sequence[Manifest], store: St
         page.picture(f"{name}_{number}", png, f"Group of {len(chosen)} samples, the best first.")
 
 
-def _show_errors(page: Page, names: Sequence[str], manifests: Sequence[Manifest], store: Store) -> None:
-    scored = {name: [read_scored(manifest, name, store) for manifest in manifests] for name in names}
+def _show_errors(page: Page, manifests: Sequence[Manifest], scored: Mapping[str, Sequence[Scored | None]]) -> None:
     failed = failures(manifests, scored)
     page.heading("Errors")
     if not failed:
@@ -138,3 +140,11 @@ def _show_errors(page: Page, names: Sequence[str], manifests: Sequence[Manifest]
     )
     if len(failed) > ERRORS:
         page.paragraph(f"And {len(failed) - ERRORS} more.")
+
+
+def _show_missing(page: Page, scored: Mapping[str, Sequence[Scored | None]]) -> None:
+    """Filters that have no scores of some shards as these are now."""
+    missing = [(name, sum(file is None for file in files), len(files)) for name, files in scored.items()]
+    if any(count for _, count, _ in missing):
+        page.heading("To be scored anew")
+        page.table(["filter", "shards without its scores", "of"], [row for row in missing if row[1]])

@@ -5,6 +5,7 @@ import io
 import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import boto3
 import numpy as np
@@ -16,6 +17,7 @@ from shard_files import write_tar
 from test_curate import job
 
 from data.curate import curate
+from data.curation.blank import Blank
 from data.curation.duplicates import Duplicates
 from data.curation.hashes import ContentHash
 from data.curation.report import make_report
@@ -113,6 +115,21 @@ def test_groups_are_shown_with_their_keys_and_the_best_first(tmp_path, monkeypat
     manifests = ensure_indexed([str(tmp_path / "2.tar")], store)
     Sheets(manifests, store).draw([(0, 0)], ["x"])
     assert lines[0].startswith("...aaaaa") and lines[0].endswith("a1")
+
+
+def test_filters_that_some_shards_lack_are_told_and_keep_no_others_from_the_page(tmp_path):
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", [(f"{shard}.png", encoded(natural(shard, 40, 40)))])
+    store = Store()
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    curate(manifests, [ContentHash(), Duplicates(distance=None)], store)
+    write_tar(tmp_path / "1.tar", [("new.png", encoded(natural(5, 40, 40)))])
+    manifests = ensure_indexed(store.expand(str(tmp_path)), store)
+    curate(manifests, [Blank()], store)
+    page = make_report(manifests, store, "contrast > 1").write(str(tmp_path / "report"), store)
+    told = Path(page).with_name("report.md").read_text()
+    assert "| duplicates | 1 | 2 |" in told and "| content_hash | 1 | 2 |" in told and "Groups of" not in told
+    assert "| blank |" not in told
 
 
 def test_a_report_goes_to_an_object_store_and_not_to_the_web(tmp_path, monkeypatch):
