@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ _OPEN = re.compile(
 )
 # Keys that hold a name, which is text even where it looks like a number: samples.ema=1000, name=7.
 _NAMES = ("name", "run", "average", "validation.ema", "samples.ema", "init_from.ema")
+_OF_CLUSTER = re.compile(r"[+~]*cluster\b")
 
 
 def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] = "refuse") -> DictConfig:
@@ -66,6 +68,12 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
             raise ConfigError(f"{key!r} must be given: add {key}=<value> to the command.")
         OmegaConf.update(config, key, None)
     return config
+
+
+def split_cluster(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of what is run, and those of `cluster`, of where."""
+    own = [override for override in overrides if not _OF_CLUSTER.match(override)]
+    return own, [override for override in overrides if _OF_CLUSTER.match(override)]
 
 
 def _parse(override: str) -> Override:

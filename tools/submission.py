@@ -4,7 +4,6 @@ submitted = submit_job(check_job("train", overrides))       # one job, or an arr
 submitted = submit_runs([check_job(...), ...], folder, parallel=2)      # several runs, as one array
 """
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from conf.compose import compose
+from conf.compose import compose, split_cluster
 from conf.errors import ConfigError
 from conf.schema import check
 from conf.secrets import without_secrets
@@ -29,8 +28,6 @@ from slurm.work import Progress, Work
 from tools.cli import JOBS
 from tools.snapshot import keep_code, keep_command
 from tools.submitted import CHAIN
-
-_OF_CLUSTER = re.compile(r"[+~]*cluster\b")
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def check_job(job: str, overrides: Sequence[str]) -> Checked:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _refuse_secrets(overrides)
-    own = [override for override in overrides if not _OF_CLUSTER.match(override)]
+    own, _ = split_cluster(overrides)
     in_tasks = _in_tasks(module)
     config = compose(job, [*own, "cluster=tasks", f"cluster.tasks={resources.tasks}"] if in_tasks else own)
     check(config, module.Config)

@@ -7,7 +7,6 @@ It takes the run's own step on fake tensors in a fake world (tools/plan/fakes.py
 """
 
 import json
-import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveFloat
 
-from conf.compose import ROOT, compose
+from conf.compose import ROOT, compose, split_cluster
 from conf.errors import ConfigError
 from conf.schema import check
 from slurm.resources import Resources
@@ -33,7 +32,6 @@ from trainer.hardware import DEVICES, device_named
 
 _DEVICE = "H100"
 _EVERY = "experiment=all"
-_OF_CLUSTER = re.compile(r"[+~]*cluster\b")
 # So many processes, of 0.5 GiB each.
 _AT_ONCE = 4
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -138,7 +136,8 @@ def advice(config: Any, known: Estimate) -> list[str]:
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
     """The run's config; where its ranks would run is told apart."""
-    config = compose("plan", [o for o in overrides if not _OF_CLUSTER.match(o)], missing="null")
+    own, _ = split_cluster(overrides)
+    config = compose("plan", own, missing="null")
     check(config, Config)
     return config
 

@@ -1,20 +1,18 @@
 """A study on a SLURM cluster: its runs as one array, then what follows them as jobs that wait for it."""
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from conf.compose import compose
+from conf.compose import compose, split_cluster
 from conf.errors import ConfigError
 from conf.schema import check
 from tools.study.job import Config, compose_study, prepare
 from tools.study.runs import StudyRun
 from tools.submission import Checked, Submitted, check_job, submit_job, submit_runs
 
-_OF_CLUSTER = re.compile(r"[+~]*cluster\b")
 # Of the jobs between and after the runs: one process, which reads what the runs have left.
 _SINGLE = ("cluster.nodes=1", "cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "cluster.min_nodes=null")
 
@@ -30,8 +28,7 @@ def submit_study(overrides: Sequence[str]) -> list[Submitted]:
         ConfigError: a mistake in the study, or in any of its runs.
         SlurmError: SLURM refuses a job.
     """
-    of_cluster = [override for override in overrides if _OF_CLUSTER.match(override)]
-    own = [override for override in overrides if not _OF_CLUSTER.match(override)]
+    own, of_cluster = split_cluster(overrides)
     config = compose("study", own)
     check(config, Config)
     study, runs = compose_study(config, here=False)
