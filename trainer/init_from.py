@@ -267,7 +267,7 @@ class _Component:
                 continue
         for name, buffer in self._buffers.items():
             asked |= set(self._network.to_diffusers(name, buffer.to("meta")))
-        return sorted(set(self._folder.files) - asked)
+        return sorted(set(self._folder.names) - asked)
 
     def fixed(self) -> list[str]:
         return list(self._differing_buffers())
@@ -275,7 +275,7 @@ class _Component:
     def _differing_buffers(self) -> Iterator[str]:
         for name, own in self._buffers.items():
             for theirs, value in self._network.to_diffusers(name, own.float().cpu()).items():
-                if theirs in self._folder.files:
+                if theirs in self._folder.names:
                     saved = self._folder.read(theirs).float()
                     # Other releases compute sines by other kernels: their last digits may differ.
                     if saved.shape != value.shape or not torch.allclose(saved, value, rtol=0, atol=1e-5):

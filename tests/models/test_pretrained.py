@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from models.autoencoder import AutoencoderKL
 from models.initialization import initialize
 from models.mmdit import MMDiT
-from models.pretrained import INDEX, load, save
+from models.pretrained import STEM, load, save
+from models.tensor_files import index_file
 
 MMDIT = {
     "sample_size": 8,
@@ -54,7 +55,7 @@ def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 def test_loads_what_diffusers_saved(kind, shard_size, tmp_path):
     theirs = THEIRS[kind]()
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
-    assert (tmp_path / INDEX).exists() == (shard_size == "40KB")
+    assert index_file(tmp_path, STEM).exists() == (shard_size == "40KB")
     ours = load(tmp_path)
     named = {k: v for name, t in ours.state_dict().items() for k, v in ours.to_diffusers(name, t).items()}
     assert_same_tensors(named, theirs.state_dict())
@@ -170,7 +171,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     fails(setting(_class_name="FluxTransformer2DModel"), "'FluxTransformer2DModel'; implemented are")
     fails(setting(num_layers=3), r"missing: transformer_blocks\.1\.attn\.to_add_out\.\w+.* and \d+ more")
     fails(lambda f: edit_tensors(f, lambda t: t["pos_embed.pos_embed"].normal_()), "learned_positions=true")
-    fails(lambda f: shutil.copy(__file__, f / INDEX), "index.json is no JSON")
+    fails(lambda f: shutil.copy(__file__, index_file(f, STEM)), "index.json is no JSON")
     fails(lambda f: os.truncate(f / "diffusion_pytorch_model.safetensors", 1000), "safetensors is damaged")
 
 

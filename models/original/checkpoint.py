@@ -1,0 +1,270 @@
+"""Whole systems in one file, in their authors' layout: Stable Diffusion 1, 2, XL, its refiner and 3.
+
+A family is a pipeline of diffusers' and a list of components: what tensors they begin with, how these are named
+(models/original/names.py), and what configuration follows from them (models/original/configs.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.original import configs, names
+from models.original.names import Names, Row, SameNames
+from models.tensor_files import Meta, TensorSource, some
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network of a family.
+
+    Args:
+        prefix: of its tensors in the original.
+        configure: the configuration of tensors of these shapes.
+        rows: its table, of a configuration; None: the names are diffusers' own.
+        identity: a square matrix, by diffusers' name, which files may leave out where it is the identity.
+    """
+
+    prefix: str
+    configure: Callable[[configs.Shapes], dict[str, Any]]
+    rows: Callable[[Mapping[str, Any]], list[Row]] | None = None
+    identity: str | None = None
+
+    def names(self, config: Mapping[str, Any]) -> Names:
+        """The two names of each tensor, under a configuration."""
+        if self.rows is None:
+            return SameNames(self.prefix, {"encoder.embed_tokens.weight": "shared.weight"})  # T5's
+        return Names(self.rows(config), self.prefix)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Systems of one kind.
+
+    Args:
+        pipeline: diffusers' class.
+        mark: what the name of one of the tensors begins with, in this family only.
+        components: by their folder's name in a pipeline.
+        scheduler: configuration of the scheduler that the published pipeline has.
+        index: further entries of its model_index.json.
+    """
+
+    pipeline: str
+    mark: str
+    components: Mapping[str, Component]
+    scheduler: Mapping[str, Any]
+    index: Mapping[str, Any]
+
+
+_UNET, _FIRST = "model.diffusion_model.", "first_stage_model."
+_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
+_PNDM = {"_class_name": "PNDMScheduler", **_BETAS, "skip_prk_steps": True, "set_alpha_to_one": False}
+_DDIM = {"_class_name": "DDIMScheduler", **_BETAS, "clip_sample": False, "set_alpha_to_one": False}
+_EULER = {"_class_name": "EulerDiscreteScheduler", **_BETAS, "interpolation_type": "linear"}
+_NO_CHECKER = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+
+FAMILIES = {
+    "sd3": Family(
+        "StableDiffusion3Pipeline",
+        f"{_UNET}joint_blocks.",
+        {
+            "transformer": Component(_UNET, configs.mmdit, names.mmdit),
+            "vae": Component(_FIRST, configs.autoencoder(1.5305, 0.0609), names.autoencoder),
+            "text_encoder": Component(
+                "text_encoders.clip_l.transformer.", configs.clip_of_sd3, identity="text_projection.weight"
+            ),
+            "text_encoder_2": Component("text_encoders.clip_g.transformer.", configs.clip_of_sd3),
+            "text_encoder_3": Component("text_encoders.t5xxl.transformer.", configs.t5),
+        },
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+        {},
+    ),
+    "sdxl": Family(
+        "StableDiffusionXLPipeline",
+        "conditioner.embedders.1.",
+        {
+            "unet": Component(_UNET, configs.unet_of_sdxl, names.unet),
+            "vae": Component(_FIRST, configs.autoencoder(0.13025), names.autoencoder),
+            "text_encoder": Component("conditioner.embedders.0.transformer.", configs.clip),
+            "text_encoder_2": Component("conditioner.embedders.1.model.", configs.open_clip, names.open_clip),
+        },
+        _EULER,
+        {"force_zeros_for_empty_prompt": True},
+    ),
+    "sdxl_refiner": Family(
+        "StableDiffusionXLImg2ImgPipeline",
+        "conditioner.embedders.0.model.",
+        {
+            "unet": Component(_UNET, configs.unet_of_sdxl, names.unet),
+            "vae": Component(_FIRST, configs.autoencoder(0.13025), names.autoencoder),
+            "text_encoder_2": Component("conditioner.embedders.0.model.", configs.open_clip, names.open_clip),
+        },
+        _EULER,
+        {
+            "force_zeros_for_empty_prompt": False,
+            "requires_aesthetics_score": True,
+            "text_encoder": [None, None],
+            "tokenizer": [None, None],
+        },
+    ),
+    "sd2": Family(
+        "StableDiffusionPipeline",
+        "cond_stage_model.model.",
+        {
+            "unet": Component(_UNET, configs.unet, names.unet),
+            "vae": Component(_FIRST, configs.autoencoder(0.18215), names.autoencoder),
+            "text_encoder": Component("cond_stage_model.model.", configs.open_clip_of_sd2, names.open_clip),
+        },
+        _DDIM,
+        {**_NO_CHECKER, "requires_safety_checker": False},
+    ),
+    "sd1": Family(
+        "StableDiffusionPipeline",
+        "cond_stage_model.transformer.text_model.",
+        {
+            "unet": Component(_UNET, configs.unet_of_sd1, names.unet),
+            "vae": Component(_FIRST, configs.autoencoder(0.18215), names.autoencoder),
+            "text_encoder": Component("cond_stage_model.transformer.", configs.clip),
+        },
+        _PNDM,
+        {**_NO_CHECKER, "requires_safety_checker": False},
+    ),
+}
+
+
+class OriginalCheckpoint:
+    """An original checkpoint, whose components are read under diffusers' names, one tensor at a time.
+
+    Args:
+        source: the file.
+        given: configurations by component, where they are known; the others follow from the tensors.
+        average: take the average of the UNet's weights that training files of 2022 hold beside them ("model_ema").
+
+    Raises:
+        ValueError: it is of no family that is known, or has no such average.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        given: Mapping[str, Mapping[str, Any]] | None = None,
+        average: bool = False,
+    ) -> None:
+        self._source, self._given, self._average = source, given or {}, average
+        self._names = source.names()
+        if average and not any(name.startswith("model_ema.") for name in self._names):
+            raise ValueError("the checkpoint holds no average (model_ema): leave average=none")
+        for name, family in FAMILIES.items():
+            if any(tensor.startswith(family.mark) for tensor in self._names):
+                self.kind, self.family = name, family
+                break
+        else:
+            raise ValueError(
+                f"no checkpoint of a system that is known ({', '.join(FAMILIES)}): its tensors are {some(self._names)}"
+            )
+
+    @cached_property
+    def components(self) -> dict[str, dict[str, Any]]:
+        """Configurations of the components that the file holds, by component."""
+        found = {}
+        for name, component in self.family.components.items():
+            stem = component.prefix
+            shapes = {n.removeprefix(stem): self._source.meta(n).shape for n in self._names if n.startswith(stem)}
+            if shapes:
+                found[name] = dict(self._given[name]) if name in self._given else component.configure(shapes)
+        return found
+
+    def layout(self, name: str) -> dict[str, Meta]:
+        """Types and shapes of a component's tensors, by diffusers' names."""
+        layout = {
+            theirs: Meta(part.dtype, tuple(part.shape))
+            for original in self._of(name)
+            for theirs, part in self._convert(name, original, _unread(self._source.meta(original))).items()
+        }
+        if (left_out := self.family.components[name].identity) is not None and left_out not in layout:
+            width = self.components[name]["hidden_size"]
+            layout[left_out] = Meta(next(iter(layout.values())).dtype, (width, width))
+        return layout
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """A component's tensors, by diffusers' names."""
+        for original in self._of(name):
+            yield from self._convert(name, original, self._source.read(self._averaged(name, original))).items()
+        left_out = self.family.components[name].identity
+        if left_out is not None and self.family.components[name].prefix + left_out not in self._names:
+            yield left_out, torch.eye(self.components[name]["hidden_size"])
+
+    def unused(self) -> list[str]:
+        """Tensors that no component takes: averages, what is for training alone, second copies."""
+        meta = torch.empty((), device="meta")
+        taken = {
+            original
+            for name in self.components
+            for original in self._of(name)
+            if self._converters[name].to_diffusers(original, meta.expand(6, 6))
+        }
+        return [name for name in self._names if name not in taken]
+
+    @cached_property
+    def _converters(self) -> dict[str, Names]:
+        return {name: self.family.components[name].names(config) for name, config in self.components.items()}
+
+    def _of(self, name: str) -> list[str]:
+        stem = self.family.components[name].prefix
+        return [original for original in self._names if original.startswith(stem)]
+
+    def _convert(self, name: str, original: str, tensor: Tensor) -> dict[str, Tensor]:
+        return self._converters[name].to_diffusers(original, tensor)
+
+    def _averaged(self, name: str, original: str) -> str:
+        if not self._average or name != "unet":
+            return original
+        # LitEma names its buffers by the parameters' names without dots, which buffers' names may not have.
+        return "model_ema." + original.removeprefix("model.").replace(".", "")
+
+
+def _unread(meta: Meta) -> Tensor:
+    return torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+
+
+def to_original(
+    kind: str, sources: Mapping[str, TensorSource], configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Meta], Iterator[tuple[str, Tensor]], list[str]]:
+    """A family's components as one original checkpoint.
+
+    Args:
+        kind: the family.
+        sources: tensors of the components by diffusers' names.
+        configs: their configurations.
+
+    Returns:
+        Types and shapes by original names, the tensors, and what has no place in the original.
+    """
+    layout: dict[str, Meta] = {}
+    left_out: list[str] = []
+    wanted: list[tuple[str, Names, str, tuple[str, ...]]] = []
+    for component, source in sources.items():
+        converter = FAMILIES[kind].components[component].names(configs[component])
+        originals, rest = converter.originals(source.names())
+        left_out += [f"{component}.{name}" for name in rest]
+        for original, parts in originals.items():
+            unread = converter.to_original(original, [_unread(source.meta(part)) for part in parts])
+            layout[original] = Meta(unread.dtype, tuple(unread.shape))
+            wanted.append((component, converter, original, parts))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for component, converter, original, parts in wanted:
+            yield original, converter.to_original(original, [sources[component].read(part) for part in parts])
+
+    return layout, tensors(), left_out
