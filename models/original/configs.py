@@ -193,9 +193,7 @@ def t5(shapes: Shapes) -> dict[str, Any]:
         "relative_attention_max_distance": 128,
         "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": False,
-        "tie_word_embeddings": False,
         "layer_norm_epsilon": 1e-6,
         "eos_token_id": 1,
         "pad_token_id": 0,
-        "decoder_start_token_id": 0,
     }
