@@ -14,6 +14,7 @@ class TextEncoder(Encoder):
         tokenizer: of captions.
     """
 
+    nothing = ""
     tokenizer: Any
 
     def null(self) -> Outputs:

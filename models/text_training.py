@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import PositiveInt
 
-from models.conditioner import Conditioner
+from models.conditioner import Conditioner, ConditionMap, SizeIds
 from models.hub import without_bars
 from models.text import T5Encoder
 
@@ -41,6 +41,7 @@ class CaptionConditioner(Conditioner):
         steps: of training, with 32 captions each.
         seed: of training.
         captions: gives the captions to train from; called only where there is something to train.
+        sizes, maps: as of any conditioner.
 
     Raises:
         ValueError: `folder` holds no encoder, and there are no captions to train it from; or one of another width.
@@ -57,12 +58,14 @@ class CaptionConditioner(Conditioner):
         steps: PositiveInt = 400,
         seed: int = 0,
         captions: Callable[[], Iterable[str]] | None = None,
+        sizes: SizeIds | None = None,
+        maps: list[ConditionMap] | None = None,
     ):
         if not Path(folder, "config.json").exists():
             if captions is None:
                 raise ValueError(f"{folder!r} holds no text encoder, and there are no captions to train one from")
             train_text_encoder(captions(), Path(folder), vocab_size, width, layers, heads, steps, seed)
-        super().__init__([T5Encoder(folder, length=length, masked=True, pooled=True)])
+        super().__init__([T5Encoder(folder, length=length, masked=True, pooled=True)], sizes=sizes, maps=maps)
         if self.context_dim != width:
             raise ValueError(
                 f"{folder!r} holds a text encoder of width {self.context_dim}, not {width}: take that width, or another"

@@ -21,6 +21,7 @@ from models.text import ClipEncoder, T5Encoder
 from models.weighting import Unweighted
 from trainer.checkpoint import CheckpointError, CheckpointPolicy, load_weights, read_record
 from trainer.checkpoint.format import is_committed
+from trainer.networks import conditioner_learns
 
 
 @dataclass(frozen=True)
@@ -76,26 +77,45 @@ def _load_checkpoint(path: Path, ema: str) -> Loaded:
     lengths = list(record.ema.get("lengths", {}))
     length = (lengths[0] if lengths else None) if ema == "auto" else None if ema == "none" else ema
     with torch.device("meta"):
-        denoiser, first_stage = build(config.model), build(config.first_stage)
-    denoiser.to_empty(device="cpu")
-    denoiser.init_buffers()
-    weights = load_weights(path, "denoiser", ema=length)
-    wanted = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-        raise CheckpointError(
-            f"{path} does not fit the model of its own config: {len(wrong)} parameters differ, the first is {wrong[0]},"
-            f" of shape {found.get(wrong[0])} in the checkpoint and {wanted.get(wrong[0])} in the model"
-        )
-    denoiser.load_state_dict(weights, strict=False)  # buffers are not saved
+        first_stage = build(config.first_stage)
+    if conditioner_learns(config.conditioner):
+        conditioner = _trained(path, "conditioner", config.conditioner, length)
+    else:
+        conditioner = build(config.conditioner)
     buckets = build(config.buckets)
     return Loaded(
-        networks={"denoiser": denoiser, "conditioner": build(config.conditioner), "first_stage": first_stage},
+        networks={
+            "denoiser": _trained(path, "denoiser", config.model, length),
+            "conditioner": conditioner,
+            "first_stage": first_stage,
+        },
         process=build(config.process),
         size=(buckets[0].height, buckets[0].width),
         source=f"{path}, {f'EMA {length}' if length else 'weights'}",
         seed=config.seed,
     )
+
+
+def _trained(path: Path, name: str, node: Any, length: str | None) -> nn.Module:
+    """A network of a checkpoint, which its config describes, with its weights or their average.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or has another network.
+    """
+    with torch.device("meta"):
+        network: Any = build(node)
+    network.to_empty(device="cpu")
+    network.init_buffers()
+    weights = load_weights(path, name, ema=length)
+    wanted = {inner: tuple(parameter.shape) for inner, parameter in network.named_parameters()}
+    found = {inner: tuple(tensor.shape) for inner, tensor in weights.items()}
+    if wrong := sorted(inner for inner in wanted | found if wanted.get(inner) != found.get(inner)):
+        raise CheckpointError(
+            f"{path} does not fit the {name} of its own config: {len(wrong)} parameters differ, the first is"
+            f" {wrong[0]}, of shape {found.get(wrong[0])} in the checkpoint and {wanted.get(wrong[0])} in the {name}"
+        )
+    network.load_state_dict(weights, strict=False)  # buffers are not saved
+    return network
 
 
 def _moved(config: dict[str, Any], run: Path) -> dict[str, Any]:

@@ -28,9 +28,10 @@ def build_networks(config: Any, objective: Objective, split: TarSplit, world: Wo
     """
     networks = networks_on_meta(config, objective)
     if "conditioner" in objective.networks:
-        conditioner = build_conditioner(config.conditioner, split, world)
-        networks["conditioner"] = conditioner
+        if "conditioner" not in networks:
+            networks["conditioner"] = build_conditioner(config.conditioner, split, world)
         if "denoiser" in networks:
+            conditioner = networks["conditioner"]
             _check_conditions(networks["denoiser"], conditioner.context_dim, conditioner.pooled_dim)
     return {name: networks[name] for name in objective.networks}
 
@@ -52,27 +53,46 @@ def check_networks(config: Any, objective: Objective) -> None:
         if name not in _KEYS and name not in config.networks:
             raise ConfigError(f"networks.{name} is missing: {kind} has {names}.")
     if "conditioner" in objective.networks and isinstance(objective, DropsCaptions):
-        learns = _learns(config.conditioner)
-        if learns or "encoders" in config.conditioner:
-            objective.check_encoders(1 if learns else len(config.conditioner.encoders))
+        local = _from_captions(config.conditioner)
+        if local or "encoders" in config.conditioner:
+            encoders = 1 if local else len(config.conditioner.encoders)
+            sizes, maps = config.conditioner.get("sizes"), config.conditioner.get("maps")
+            objective.check_encoders(encoders, (sizes is not None) + len(maps or []))
+    if "conditioner" in objective.networks:
+        _check_learning(config.conditioner, objective)
     networks = networks_on_meta(config, objective)
     if "denoiser" not in networks:
         return
     denoiser = networks["denoiser"]
     if "first_stage" in networks:
         _check_latents(denoiser, networks["first_stage"], build(config.buckets))
-    if "conditioner" in objective.networks and _learns(config.conditioner):
+    if "conditioner" in objective.networks and _from_captions(config.conditioner):
         _check_conditions(denoiser, config.conditioner.width, config.conditioner.width)
 
 
+def _check_learning(config: Any, objective: Objective) -> None:
+    trained = any("conditioner" in phase.trainable for phase in objective.phases)
+    if conditioner_learns(config) and not trained:
+        raise ConfigError("the conditioner learns with the denoiser: set objective.train_conditioner=true.")
+    if trained and not conditioner_learns(config):
+        raise ConfigError("objective.train_conditioner=true: the conditioner is frozen, and has nothing to learn.")
+
+
 def networks_on_meta(config: Any, objective: Objective) -> dict[str, Any]:
-    """All networks but the conditioner, on the meta device."""
+    """All networks on the meta device, but for a conditioner that is frozen."""
     nodes = {name: config[key] for name, key in _KEYS.items()} | dict(config.networks)
+    meta = [name for name in objective.networks if name != "conditioner" or conditioner_learns(config.conditioner)]
     with torch.device("meta"):
-        return {name: build(nodes[name]) for name in objective.networks if name != "conditioner"}
+        return {name: build(nodes[name]) for name in meta}
 
 
-def _learns(config: Any) -> bool:
+def conditioner_learns(config: Any) -> bool:
+    """Whether the conditioner is trained with the denoiser."""
+    nodes = [*config.get("encoders", []), *(config.get("maps") or [])]
+    return any(getattr(target(node["_target_"], "conditioner"), "learned", False) for node in nodes)
+
+
+def _from_captions(config: Any) -> bool:
     """Whether the conditioner is trained from the captions themselves (a stand-in where no pretrained encoder is at
     hand); its context and pooled vectors then have `width` features."""
     return "captions" in inspect.signature(target(config["_target_"], "conditioner")).parameters
@@ -86,7 +106,7 @@ def embeds_images(config: Any) -> bool:
 
 def build_conditioner(config: Any, split: TarSplit, world: World) -> Any:
     """The conditioner; one that learns does so on the main rank, and is loaded by the others afterwards."""
-    extra = {"captions": lambda: split.captions(_CAPTIONS)} if _learns(config) else {}
+    extra = {"captions": lambda: split.captions(_CAPTIONS)} if _from_captions(config) else {}
     if world.is_main:
         conditioner = build(config, **extra)
     barrier()

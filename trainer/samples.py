@@ -58,4 +58,7 @@ def pictures_for(prompts: Sequence[str], count: int, split: TarSplit) -> list[Pi
     plan = split.plan(lanes=count, slice_size=1, seed=0)
     reader = split.reader(plan.seed, crop="center", flip=False, encoded=False)
     batches = [reader[plan.slice(0, lane)].batch for lane in range(count)]
-    return [Picture(b.captions[0], seed, *b.target_size, image=b.images[0]) for seed, b in enumerate(batches)]
+    return [
+        Picture(b.captions[0], seed, *b.target_size, image=b.images[0], fields={k: v[0] for k, v in b.fields.items()})
+        for seed, b in enumerate(batches)
+    ]

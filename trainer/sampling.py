@@ -5,12 +5,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.draws import Draws
+from models.conditioner import Given
 from models.guidance import Guidance, denoiser
 from models.process import Process
 from models.samplers import Sampler
@@ -28,6 +30,8 @@ class Picture:
         seed: of its noise; the same prompt, seed and size give the same picture in any company.
         height, width: in pixels.
         image: (3, H, W) uint8, what encoders of pictures see; their null embeddings stand for none.
+        fields: what else the picture comes with, one sample's value each: a row of a tensor, or an item of a list.
+        original_size, crop, target_size: that SDXL is told; `height` and `width`, (0, 0), `height` and `width`.
     """
 
     prompt: str
@@ -35,6 +39,10 @@ class Picture:
     height: int
     width: int
     image: Tensor | None = field(default=None, compare=False)
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
 
 
 def draw(
@@ -92,29 +100,71 @@ def draw_pass(
 
     Args:
         networks: "denoiser", "conditioner" and "first_stage".
-        pictures: all with an image, of one size, or all without.
+        pictures: of one size, all with an image or all without, and all with the same fields.
     """
     first_stage, conditioner = networks["first_stage"], networks["conditioner"]
     shape = first_stage.latent_shape(pictures[0].height, pictures[0].width)  # type: ignore[operator]
-    prompts = [p.prompt for p in pictures]
-    encoders: int = conditioner.encoders  # type: ignore[assignment]
-    keep = torch.ones(len(prompts), encoders, dtype=torch.bool)
-    given = [p.image for p in pictures if p.image is not None]
-    assert len(given) in (0, len(pictures)), "some pictures have an image, and some have none"
-    images = torch.stack(given).to(device) if given else None
-    conditions = conditioner(prompts, keep, images=images)
-    null_conditions = conditioner(prompts, ~keep, images=images) if guidance.scale != 1 else None
+    given = given_of(pictures, first_stage, device)
+    if not conditioner.encoders:  # nothing is left out of the unconditional prediction
+        guidance = Guidance()
+    conditions = conditioner(given)
+    dropped = conditioner.unconditional(len(pictures))  # type: ignore[operator]
+    null_conditions = conditioner(given, dropped) if guidance.scale != 1 else None
     denoise = denoiser(networks["denoiser"], process, conditions, null_conditions, guidance)
 
+    seeds = [p.seed for p in pictures]
+
     def noise(purpose: str, step: int) -> Tensor:
-        rows = [
-            Draws(p.seed, ((SAMPLING_STEP, 0, step),)).normal(f"sampling/{purpose}", shape, device) for p in pictures
-        ]
-        return torch.cat(rows)
+        return SamplingDraws(seeds, step).normal(f"sampling/{purpose}", shape, device)
 
     latents = sampler.sample(denoise, process, noise).float()
     images = first_stage.decode(latents)  # type: ignore[operator]
     return list(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+
+
+@dataclass(frozen=True)
+class SamplingDraws:
+    """The randomness of pictures, each of a seed of its own (models.conditioner.Randomness)."""
+
+    seeds: Sequence[int]
+    step: int = 0
+
+    def normal(self, purpose: str, shape: Sequence[int] = (), device: torch.device | str = "cpu") -> Tensor:
+        """See `Draws.normal`."""
+        return torch.cat([draws.normal(purpose, shape, device) for draws in self._each()])
+
+    def uniform(self, purpose: str, shape: Sequence[int] = (), device: torch.device | str = "cpu") -> Tensor:
+        """See `Draws.uniform`."""
+        return torch.cat([draws.uniform(purpose, shape, device) for draws in self._each()])
+
+    def _each(self) -> list[Draws]:
+        return [Draws(seed, ((SAMPLING_STEP, 0, self.step),)) for seed in self.seeds]
+
+
+def given_of(pictures: Sequence[Picture], first_stage: nn.Module, device: torch.device) -> Given:
+    """What pictures of one size come with, as a conditioner takes it."""
+    images = [p.image for p in pictures if p.image is not None]
+    assert len(images) in (0, len(pictures)), "some pictures have an image, and some have none"
+    height, width = pictures[0].height, pictures[0].width
+
+    def sizes(values: Sequence[tuple[int, int] | None]) -> Tensor:
+        return torch.tensor([value or (height, width) for value in values], device=device)
+
+    return Given(
+        captions=[p.prompt for p in pictures],
+        size=(height, width),
+        images=torch.stack(images).to(device) if images else None,
+        fields={name: _column([p.fields[name] for p in pictures], device) for name in pictures[0].fields},
+        original_size=sizes([p.original_size for p in pictures]),
+        crop=sizes([p.crop for p in pictures]),
+        target_size=sizes([p.target_size for p in pictures]),
+        first_stage=first_stage,  # type: ignore[arg-type]
+        draws=SamplingDraws([p.seed for p in pictures]),
+    )
+
+
+def _column(values: list, device: torch.device) -> Tensor | list:
+    return torch.stack(values).to(device) if isinstance(values[0], Tensor) else values
 
 
 def grid(images: Sequence[Tensor], columns: int | None = None, gap: int = 2) -> Tensor:

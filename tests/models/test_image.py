@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.conditioner import AbsentEncoder, Conditioner
+from models.conditioner import AbsentEncoder, Conditioner, Given
 from models.image import ImageEncoder
 from tests.data.curation.tiny_models import SIDE, drop_weight, save_clip, save_siglip
 
@@ -105,7 +105,7 @@ def test_a_conditioner_lays_pictures_beside_captions_and_drops_them(folder: Path
     assert conditioner.reads_images and conditioner.stored == [1, 2]
     images = pictures(40, 56)
     keep = torch.tensor([[True, True, False], [True, False, True], [True, True, True]])
-    found = conditioner(["", "", ""], keep, images=images)
+    found = conditioner(Given(["", "", ""], images=images), keep)
     embeddings = image(images)[1] * keep[:, 1, None]
     torch.testing.assert_close(found["context"][:, 2, :10], embeddings, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found["pooled"][:, 4:], embeddings, rtol=1e-5, atol=1e-6)
@@ -113,8 +113,11 @@ def test_a_conditioner_lays_pictures_beside_captions_and_drops_them(folder: Path
     assert not found["context"][:, :2].any() and not found["context"][:, 2, 10:].any()
     for dropped in ("zeros", "empty"):
         nothing = Conditioner([AbsentEncoder(2, 12, 4), image], dropped=dropped)
-        for options in ({"keep": torch.zeros(3, 2, dtype=torch.bool), "images": images}, {}):
-            assert not any(value.any() for value in nothing(["", "", ""], **options).values())
+        for given, kept in (
+            (Given(["", "", ""], images=images), torch.zeros(3, 2, dtype=torch.bool)),
+            (Given([""]), None),
+        ):
+            assert not any(value.any() for value in nothing(given, kept).values())
 
 
 def test_kept_embeddings_take_the_place_of_the_encoder(folder: Path):
@@ -124,8 +127,8 @@ def test_kept_embeddings_take_the_place_of_the_encoder(folder: Path):
     sequence, pooled = conditioner.numbered()[0].null()
     bare = conditioner.without_weights({0: (sequence[0], pooled[0])})
     keep = torch.tensor([[True, False], [False, True], [True, True]])
-    expected = conditioner(["", "", ""], keep, images=images)
-    kept = bare(["", "", ""], keep, encoded={0: encoded[0]}, images=images)
+    expected = conditioner(Given(["", "", ""], images=images), keep)
+    kept = bare(Given(["", "", ""], encoded={0: encoded[0]}, images=images), keep)
     for name, value in expected.items():
         torch.testing.assert_close(kept[name], value, rtol=1e-5, atol=1e-6)
     assert len(list(bare.parameters())) < len(list(conditioner.parameters()))

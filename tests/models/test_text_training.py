@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from transformers import AutoTokenizer, T5EncoderModel
 
 import conf
+from models.conditioner import Given
 from models.text_training import CaptionConditioner, cut_spans, train_t5, train_text_encoder, train_tokenizer
 
 CAPTIONS = [
@@ -98,7 +99,7 @@ def test_a_conditioner_trains_its_encoder_once_and_then_loads_it(tmp_path: Path)
     first = instantiate(config.conditioner, captions=captions)
     second = instantiate(config.conditioner, captions=captions)
     assert isinstance(first, CaptionConditioner) and len(asked) == 1
-    a, b = (made(CAPTIONS[:4], torch.ones(4, 1, dtype=torch.bool)) for made in (first, second))
+    a, b = (made(Given(CAPTIONS[:4])) for made in (first, second))
     assert torch.equal(a["context"], b["context"]) and torch.equal(a["pooled"], b["pooled"])
     assert a["context"].shape == (4, 32, 32) and a["pooled"].shape == (4, 32)
     assert len({tuple(row.tolist()) for row in a["pooled"]}) == 4

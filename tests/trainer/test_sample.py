@@ -215,5 +215,5 @@ def test_a_checkpoint_that_is_not_of_its_configs_model_is_named(tmp_path: Path, 
     record = loading.read_record(path)
     record.config["model"]["num_layers"] = 1
     monkeypatch.setattr(loading, "read_record", lambda _: record)
-    with pytest.raises(CheckpointError, match=r"does not fit the model of its own config: \d+ parameters differ"):
+    with pytest.raises(CheckpointError, match=r"does not fit the denoiser of its own config: \d+ parameters differ"):
         load_model(path)

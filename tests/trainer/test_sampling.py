@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderKL
+from models.conditioner import Given
 from models.densities import Uniform
 from models.first_stage import KLFirstStage
 from models.guidance import Guidance
@@ -33,8 +34,12 @@ class Words(nn.Module):
 
     encoders = 1
 
-    def forward(self, prompts: Sequence[str], keep: Tensor, images: Tensor | None) -> dict[str, Tensor]:
-        seeds = [zlib.crc32(prompt.encode()) for prompt in prompts]
+    def unconditional(self, n: int) -> Tensor:
+        return torch.zeros(n, 1, dtype=torch.bool)
+
+    def forward(self, given: Given, keep: Tensor | None = None) -> dict[str, Tensor]:
+        keep = torch.ones(len(given), 1) if keep is None else keep
+        seeds = [zlib.crc32(prompt.encode()) for prompt in given.captions]
         rows = torch.stack([torch.randn(3, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         rows = rows * keep[:, :, None]
         return {"context": rows, "pooled": rows[:, 0, :10]}

@@ -88,6 +88,7 @@ def planned_conditioner(config: Any, held: bool) -> PlannedConditioner:
     else:
         encoders = [_encoder(node, f"conditioner.encoders.{i}") for i, node in enumerate(config.encoders)]
         settings = {key: config[key] for key in ("context_dim", "dropped") if key in config}
+    settings |= {key: build(config[key]) for key in ("sizes", "maps") if config.get(key) is not None}
     if not held:
         encoders = [_stored(encoder) if isinstance(encoder, Skeleton) else encoder for encoder in encoders]
     return PlannedConditioner(encoders, **settings)

@@ -96,10 +96,10 @@ class DrawsPictures(Protocol):
 
 @runtime_checkable
 class DropsCaptions(Protocol):
-    """An objective with settings for each of the conditioner's encoders."""
+    """An objective with settings for each of the conditioner's encoders, and other parts."""
 
-    def check_encoders(self, encoders: int) -> None:
-        """Refuse a number of encoders, before there are any.
+    def check_encoders(self, encoders: int, others: int = 0) -> None:
+        """Refuse a number of encoders and of other parts, before there are any.
 
         Raises:
             ValueError: a setting is for another number of them.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.buckets import Bucket
 from data.encoded import MOMENTS, encoder_outputs
+from models.conditioner import Given
 from models.guidance import Guidance
 from models.process import Process
 from models.samplers import Sampler
@@ -16,16 +17,17 @@ from trainer.sampling import Picture, draw_pass
 
 
 class Diffusion(Objective):
-    """One phase: a denoiser trained on noised (latent) images under what a conditioner makes of captions and pictures.
+    """One phase: a denoiser trained on noised (latent) images under what a conditioner makes of what samples come with.
 
-    Networks: "denoiser" (trained), "conditioner" and "first_stage" (frozen).
+    Networks: "denoiser" (trained), "conditioner" (trained with it or frozen) and "first_stage" (frozen).
 
     Args:
         process: noising path, parameterization, density of times and weight.
         sampler, guidance: how the run's sample grids are drawn.
         caption_dropout: probability with which each of the conditioner's encoders is dropped from a sample, of all
             independently; one number for all or one for each (SD3 drops each of three in 46.4 % of samples, arXiv
-            2403.03206).
+            2403.03206). Further numbers are for the conditioner's sizes and maps, which else are never dropped.
+        train_conditioner: whether the conditioner's weights are learned with the denoiser's.
         validation_times: number of times t at which held-out samples are noised, the midpoints of as many equal parts
             of [0, 1] (SD3, section 5.3: eight).
     """
@@ -41,6 +43,7 @@ class Diffusion(Objective):
         guidance: Guidance,
         caption_dropout: float | list[float] = 0.1,
         validation_times: int = 8,
+        train_conditioner: bool = False,
     ):
         if validation_times < 1:
             raise ValueError(f"objective.validation_times is {validation_times}; it must be at least 1")
@@ -49,12 +52,13 @@ class Diffusion(Objective):
             raise ValueError(f"objective.caption_dropout is {caption_dropout}; it takes probabilities, from 0 to 1")
         self.process, self.sampler, self.guidance = process, sampler, guidance
         self.caption_dropout, self.validation_times = caption_dropout, validation_times
+        self.phases = (Phase("denoise", ("denoiser", "conditioner") if train_conditioner else ("denoiser",)),)
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         """Weighted squared error of the prediction, averaged over each sample's elements."""
         with torch.no_grad():
             x0 = latents(networks["first_stage"], batch)
-            conditions = self.conditions(networks["conditioner"], batch)
+        conditions = self.conditions(networks, batch)
         t = self.process.sample_t(batch.draws.uniform("time", device=x0.device))
         return self.losses_at(networks["denoiser"], x0, conditions, batch, t)
 
@@ -71,7 +75,7 @@ class Diffusion(Objective):
     def validation_losses(self, networks: Mapping[str, nn.Module], batch: Batch) -> Mapping[str, Tensor]:
         """The loss at each of the fixed times, `loss_by_t/<i>`, and their mean, under all captions."""
         x0 = latents(networks["first_stage"], batch)
-        conditions = self.conditions(networks["conditioner"], batch, dropout=False)
+        conditions = self.conditions(networks, batch, dropout=False)
         by_time = {}
         for i, t in enumerate(self.process.validation_times(self.validation_times).to(x0.device)):
             losses = self.losses_at(networks["denoiser"], x0, conditions, batch, t.expand(len(batch)))
@@ -90,26 +94,46 @@ class Diffusion(Objective):
         length: int = networks["conditioner"].context_length  # type: ignore[assignment]
         return 3.0 * networks["denoiser"].flops(height, width, length)  # type: ignore[operator]
 
-    def conditions(self, conditioner: nn.Module, batch: Batch, dropout: bool = True) -> Mapping[str, Tensor]:
-        """What is made of captions and pictures, each encoder dropped at random unless `dropout` is False."""
-        encoders: int = conditioner.encoders  # type: ignore[assignment]
-        keep = torch.ones(len(batch), encoders, dtype=torch.bool)
-        if dropout:
-            keep = batch.draws.uniform("caption dropout", (encoders,)) >= torch.tensor(self._rates(encoders))
-        return conditioner(batch.captions, keep, encoded=encoder_outputs(batch.fields), images=batch.images)
+    def conditions(self, networks: Mapping[str, nn.Module], batch: Batch, dropout: bool = True) -> Mapping[str, Tensor]:
+        """What the conditioner makes of the batch, each part dropped at random unless `dropout` is False."""
+        conditioner = networks["conditioner"]
+        encoders, parts = conditioner.encoders, conditioner.parts
+        assert isinstance(encoders, int) and isinstance(parts, int)
+        keep = torch.ones(len(batch), parts, dtype=torch.bool)
+        rates = self._rates(encoders, parts - encoders)
+        if dropout and rates:
+            keep[:, : len(rates)] = batch.draws.uniform("caption dropout", (len(rates),)) >= torch.tensor(rates)
+        return conditioner(given_of(batch, networks["first_stage"]), keep)
 
-    def check_encoders(self, encoders: int) -> None:
-        """Refuse dropout rates for another number of encoders."""
-        self._rates(encoders)
+    def check_encoders(self, encoders: int, others: int = 0) -> None:
+        """Refuse dropout rates for another number of encoders, or of encoders and other parts."""
+        self._rates(encoders, others)
 
-    def _rates(self, encoders: int) -> Sequence[float]:
+    def _rates(self, encoders: int, others: int) -> Sequence[float]:
+        """Of the encoders, or of all parts."""
         if isinstance(self.caption_dropout, list):
-            if len(self.caption_dropout) != encoders:
+            if len(self.caption_dropout) not in (encoders, encoders + others):
+                more = f" and {others} other parts" if others else ""
                 raise ValueError(
-                    f"objective.caption_dropout has {len(self.caption_dropout)} numbers for {encoders} encoders"
+                    f"objective.caption_dropout has {len(self.caption_dropout)} numbers for {encoders} encoders{more}"
                 )
             return self.caption_dropout
         return [float(self.caption_dropout)] * encoders
+
+
+def given_of(batch: Batch, first_stage: nn.Module) -> Given:
+    """What a batch's samples come with, as a conditioner takes it."""
+    return Given(
+        captions=batch.captions,
+        size=batch.target_size,
+        images=batch.images,
+        encoded=encoder_outputs(batch.fields),
+        fields=batch.fields,
+        original_size=batch.original_size,
+        crop=batch.crop,
+        first_stage=first_stage,  # type: ignore[arg-type]
+        draws=batch.draws,
+    )
 
 
 def latents(first_stage: nn.Module, batch: Batch) -> Tensor:
