@@ -21,7 +21,7 @@ from conf.schema import parameters
 ROOT = Path(__file__).parent
 # Mappings whose keys are not all in the composed config: the user's own names, and what takes the place of a null.
 _OPEN = re.compile(
-    r"(cluster\.env|cluster\.sbatch|data\.sources|(data|store)\.storage_options|ema\.lengths|log\.wandb|init_from"
+    r"(cluster\.env|cluster\.sbatch|data\.(sources|fields)|(data|store)\.storage_options|ema\.lengths|log\.wandb|init_from"
     r"|networks)[.=]"
 )
 # Keys that hold a name, which is text even where it looks like a number: samples.ema=1000, name=7.

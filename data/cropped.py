@@ -79,7 +79,7 @@ class Cropping:
             raise ContentError(str(error)) from error
         images = torch.empty((1 + self.flip, 3, *target), dtype=torch.uint8)
         for flip in range(1 + self.flip):
-            crop = frame(decoded.pixels, target, Framing(CENTER, CENTER, bool(flip)), images[flip])
+            crop = frame(decoded.pixels, target, Framing(CENTER, CENTER, bool(flip)), images[flip]).crop
         return images, decoded.original_size, crop
 
 

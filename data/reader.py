@@ -5,10 +5,10 @@ quarantine, and another member of the same slice takes its place, chosen by a ha
 the same. What goes wrong with the *store* is an error that stops the run: it must not change what is trained on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Literal, TypeGuard
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from data.batch import Batch, PlannedSlice
 from data.buckets import Buckets
 from data.decode import MAX_PIXELS, WHITE, Color, DecodeError, decode_image
-from data.draws import slice_draws
+from data.draws import Draws, slice_draws
 from data.encoded import MOMENTS
 from data.encoded_reader import EncodedReader, Record
+from data.fields import Field, Origin, collate
 from data.hashing import mix64, text64
 from data.manifest_reader import ManifestReader
 from data.media_size import media_member
@@ -29,7 +30,7 @@ from data.records import QuarantineLine
 from data.selection import Selection
 from data.store import Store, protocol_of, redact
 from data.tar_index import BLOCK
-from data.transforms import Framing, draw_framings, frame
+from data.transforms import Framing, Geometry, covering_size, draw_framings, frame
 
 _REPLACE = text64("reader/replace")
 _SMALL = 4096  # bytes
@@ -63,6 +64,7 @@ class ReaderSource:
             others that is not; "" if all are.
         background: colour below transparent pixels.
         encoded: its encodings, read instead of pictures, of captions, or of both.
+        fields: what its samples come with beside these, by name.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ReaderSource:
     captions: dict[str, float] = field(default_factory=lambda: {"caption": 1.0})
     background: Color = WHITE
     encoded: EncodedReader | None = None
+    fields: Mapping[str, Field] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,14 @@ class _Row:
     sizes: list[int]
     checksums: list[bytes] | None
     captions: dict[str, str]
+    columns: dict[str, Any]
     record: Record
 
 
 @dataclass(frozen=True)
 class _Framed:
-    original_size: tuple[int, int]
-    crop: tuple[int, int]
+    geometry: Geometry
+    fields: dict[str, Any]
 
 
 class SliceReader(Dataset[Delivery]):
@@ -176,7 +180,8 @@ class SliceReader(Dataset[Delivery]):
         def load(slot: int, member: int) -> _Framed | ContentError:
             encodings = {name: values[slot] for name, values in fields.items()}
             try:
-                return self._load(source, rows[member], columns[slot], framings[slot], images[slot], encodings)
+                geometry = self._load(source, rows[member], columns[slot], framings[slot], images[slot], encodings)
+                return _Framed(geometry, self._read_fields(source, rows[member], geometry, draws[slot : slot + 1]))
             except ContentError as error:
                 return error
 
@@ -196,9 +201,11 @@ class SliceReader(Dataset[Delivery]):
             keys=[rows[member].key for member in order],
             captions=[_caption(rows[member], column)[1] for member, column in zip(order, columns, strict=True)],
             images=images,
-            original_size=torch.tensor([one.original_size for one in done]),
-            crop=torch.tensor([one.crop for one in done]),
-            fields={**fields, **({"flip": torch.tensor([one.flip for one in framings])} if self.flip else {})},
+            original_size=torch.tensor([one.geometry.original_size for one in done]),
+            crop=torch.tensor([one.geometry.crop for one in done]),
+            fields=fields
+            | {name: collate([one.fields[name] for one in done]) for name in source.fields}
+            | ({"flip": torch.tensor([one.flip for one in framings])} if self.flip else {}),
         )
         return Delivery(planned, batch, quarantine)
 
@@ -240,7 +247,8 @@ class SliceReader(Dataset[Delivery]):
         for slot, (shard, row) in enumerate(source.selection.locate(planned.rows)):
             by_shard.setdefault(shard, []).append((slot, row))
         found: dict[int, _Row] = {}
-        columns = (*_MEMBER_COLUMNS, *source.captions)
+        asked = list(dict.fromkeys(column for one in source.fields.values() for column in one.columns))
+        columns = tuple(dict.fromkeys((*_MEMBER_COLUMNS, *source.captions, *asked)))
         for shard, places in by_shard.items():
             wanted = [row for _, row in places]
             values = reader.rows(shard, wanted, columns)
@@ -248,8 +256,9 @@ class SliceReader(Dataset[Delivery]):
             for i, (slot, _) in enumerate(places):
                 key, extensions, offsets, sizes, checksums = (values[name][i] for name in _MEMBER_COLUMNS)
                 captions = {name: _text(values[name][i]) for name in source.captions}
+                told = {name: values[name][i] for name in asked}
                 url = source.selection.shards[shard]
-                found[slot] = _Row(url, key, extensions, offsets, sizes, checksums, captions, records[i])
+                found[slot] = _Row(url, key, extensions, offsets, sizes, checksums, captions, told, records[i])
         return [found[slot] for slot in range(len(found))]
 
     def _map(
@@ -270,32 +279,44 @@ class SliceReader(Dataset[Delivery]):
         framing: Framing,
         image: Tensor,
         encodings: dict[str, Tensor],
-    ) -> _Framed:
+    ) -> Geometry:
         """Fill a sample's image or its encodings; `column` is the caption column that was drawn for it."""
-        encoded = source.encoded
+        encoded, target = source.encoded, (image.shape[1], image.shape[2])
         if encoded is not None and MOMENTS in encodings:
-            framed = _Framed(*encoded.framing(row.record))
+            original_size, crop = encoded.framing(row.record)
+            geometry = Geometry(original_size, covering_size(*original_size, target), crop, target, framing.flip)
         else:
-            framed = self._load_image(row, source.background, framing, image)
+            geometry = self._load_image(row, source.background, target, framing, image)
         if encoded is not None:
             encoded.load(row.record, framing.flip, *_caption(row, column), encodings)
-        return framed
+        return geometry
 
-    def _load_image(self, row: _Row, background: Color, framing: Framing, out: Tensor) -> _Framed:
-        data = self._fetch(row)
-        target = (out.shape[1], out.shape[2])
+    def _load_image(
+        self, row: _Row, background: Color, target: tuple[int, int], framing: Framing, out: Tensor
+    ) -> Geometry:
+        chosen = media_member(row.extensions)
+        if chosen is None or chosen[1] != "image":
+            raise ContentError(f"no picture among its members ({', '.join(row.extensions)})")
+        data = self._fetch(row, chosen[0])
         try:
             decoded = decode_image(data, cover=target, background=background, max_pixels=self.max_pixels)
         except DecodeError as error:
             raise ContentError(str(error)) from error
-        return _Framed(decoded.original_size, frame(decoded.pixels, target, framing, out))
+        # A JPEG may have been decoded at a part of its size.
+        return replace(frame(decoded.pixels, target, framing, out), original_size=decoded.original_size)
 
-    def _fetch(self, row: _Row) -> bytes:
-        """The bytes of the sample's picture, held against the tar's header before them and the manifest's checksum."""
-        chosen = media_member(row.extensions)
-        if chosen is None or chosen[1] != "image":
-            raise ContentError(f"no picture among its members ({', '.join(row.extensions)})")
-        member = chosen[0]
+    def _read_fields(self, source: ReaderSource, row: _Row, geometry: Geometry, draws: Draws) -> dict[str, Any]:
+        def member(extension: str) -> bytes:
+            if extension not in row.extensions:
+                raise ContentError(f"no .{extension} among its members ({', '.join(row.extensions)})")
+            return self._fetch(row, row.extensions.index(extension))
+
+        origin = Origin(row.columns, member, geometry, lambda purpose: draws.seeds(f"field/{purpose}")[0])
+        return {name: one.read(origin) for name, one in source.fields.items()}
+
+    def _fetch(self, row: _Row, member: int) -> bytes:
+        """The bytes of one of the sample's members, held against the tar's header before them and the manifest's
+        checksum."""
         offset, size = row.offsets[member], row.sizes[member]
         block = self.store.read(row.shard, offset - BLOCK, BLOCK + size)
         header, data = block[:BLOCK], block[BLOCK:]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from data.buckets import Bucket, Buckets
 from data.clips import ensure_clips
@@ -15,6 +16,7 @@ from data.dataset import Loader
 from data.decode import MAX_PIXELS
 from data.encoded import Encoding
 from data.encoded_reader import EncodedReader
+from data.fields import Field, blank_fields
 from data.index import ensure_indexed
 from data.manifest import STRUCTURE, Checksum, Manifest
 from data.manifest_reader import ManifestReader
@@ -43,6 +45,7 @@ class Source:
         weight: its share of the slices is this over the sum of all sources' weights.
         caption: a manifest column, or several with weights; `caption` is the `.txt` member or else the JSON's caption.
         background: RGB below transparent pixels.
+        fields: what its samples come with beside these, where it is told otherwise than in `TarData`'s fields.
     """
 
     shards: str | list[str]
@@ -51,6 +54,7 @@ class Source:
     weight: float = 1.0
     caption: str | dict[str, float] = "caption"
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
+    fields: dict[str, Field] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.manifest not in ("samples", "clips"):
@@ -90,6 +94,7 @@ class TarData:
         cache_folder: for selections; the user's cache folder by default.
         concurrency: requests that a worker has under way at a remote store.
         encoded: name of an encoding (`millrace encode`) to read latents, the conditioner's embeddings or both from.
+        fields: what samples come with beside picture and caption, by name (data/fields.py).
     """
 
     def __init__(
@@ -113,6 +118,7 @@ class TarData:
         cache_folder: str | None = None,
         concurrency: int = 16,
         encoded: str | None = None,
+        fields: dict[str, Field] | None = None,
     ) -> None:
         if not sources:
             raise ValueError(
@@ -141,7 +147,8 @@ class TarData:
         self.manifest_folder, self.cache_folder, self.concurrency = manifest_folder, cache_folder, concurrency
         if encoded is not None and not _NAME.fullmatch(encoded):
             raise ValueError(f"data.encoded={encoded!r}: a name of letters, digits, '-', '_' and '.'")
-        self.encoded = encoded
+        self.encoded, self.fields = encoded, fields or {}
+        self._check_fields()
         self.encodings: dict[str, Encoding] = {}
         """By source, what is read instead of pictures or captions; set by who has held it against the run's own."""
         self.store = Store(storage_options, allow_pipe, cache_folder=cache_folder)
@@ -152,6 +159,25 @@ class TarData:
         """An encoding whose `fields` are those of all sources."""
         return next(iter(self.encodings.values()), None)
 
+    def fields_of(self, name: str) -> dict[str, Field]:
+        """The fields of a source."""
+        return self.fields | self.sources[name].fields
+
+    def blank_fields(self, size: int, bucket: Bucket) -> dict[str, Tensor | list]:
+        """`Batch.fields` of samples that stand for none."""
+        encoded = self.encoding.fields(size, bucket) if self.encoding is not None else {}
+        return encoded | blank_fields(self.fields_of(next(iter(self.sources))), size, bucket)
+
+    def _check_fields(self) -> None:
+        first, *others = self.sources
+        kinds = {field: type(one) for field, one in self.fields_of(first).items()}
+        for name in others:
+            if kinds != {field: type(one) for field, one in self.fields_of(name).items()}:
+                raise ValueError(
+                    f"data.sources.{name}.fields: all sources must have the same kinds of fields, which are those of"
+                    f" {first!r}: {', '.join(kinds) or 'none'}"
+                )
+
     def manifests(self, name: str) -> list[Manifest]:
         """The manifests of a source's shards, which are indexed if they are not yet."""
         if name not in self._manifests:
@@ -159,7 +185,7 @@ class TarData:
             found = ensure_indexed(shards, self.store, self.manifest_folder, self.checksum)
             if self.sources[name].manifest == "clips":
                 found = ensure_clips(found, self.store)
-            self._check_captions(name, found)
+            self._check_columns(name, found)
             self._manifests[name] = found
         return self._manifests[name]
 
@@ -208,8 +234,10 @@ class TarData:
             )
         return TarSplit(self, buckets, selections, compiled)
 
-    def _check_captions(self, name: str, manifests: Sequence[Manifest]) -> None:
-        missing = self.sources[name].captions.keys() - STRUCTURE.keys()
+    def _check_columns(self, name: str, manifests: Sequence[Manifest]) -> None:
+        captions = self.sources[name].captions
+        asked = {column for one in self.fields_of(name).values() for column in one.columns}
+        missing = (captions.keys() | asked) - STRUCTURE.keys()
         seen: set[str] = set()
         for manifest in manifests:  # a field may occur in some shards only
             if not missing:
@@ -222,7 +250,8 @@ class TarData:
                 seen.update(file.schema_arrow.names)
         missing = missing - seen
         if missing:
-            raise ValueError(f"there is no caption column {min(missing)!r}; the columns are {', '.join(sorted(seen))}")
+            what = "caption column" if min(missing) in captions else "column for a field,"
+            raise ValueError(f"there is no {what} {min(missing)!r}; the columns are {', '.join(sorted(seen))}")
 
 
 class TarSplit:
@@ -305,7 +334,9 @@ class TarSplit:
         encodings = {name: self._encoded(name) if encoded else None for name in self.selections}
         return SliceReader(
             [
-                ReaderSource(name, selection, source.captions, _color(source.background), encodings[name])
+                ReaderSource(
+                    name, selection, source.captions, _color(source.background), encodings[name], data.fields_of(name)
+                )
                 for name, selection in self.selections.items()
                 for source in [data.sources[name]]
             ],

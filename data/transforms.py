@@ -55,7 +55,51 @@ def _round_ratio(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def frame(pixels: np.ndarray, target: tuple[int, int], framing: Framing, out: Tensor) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Geometry:
+    """Where a picture went: resized, cropped and perhaps mirrored.
+
+    Args:
+        original_size: height and width of the picture, upright.
+        resized: height and width after resizing.
+        crop: top and left of the crop in the resized picture, mirrored if it was.
+        target: height and width of the crop.
+        flip: whether it was mirrored, before the crop.
+    """
+
+    original_size: tuple[int, int]
+    resized: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+    flip: bool
+
+    def cut(self, image: Tensor) -> Tensor:
+        """The crop (..., *target) of a resized picture (..., *resized) that is not mirrored yet."""
+        (top, left), (rows, columns) = self.crop, self.target
+        start = self.resized[1] - columns - left if self.flip else left
+        crop = image[..., top : top + rows, start : start + columns]
+        return crop.flip(-1) if self.flip else crop
+
+
+def place(size: tuple[int, int], target: tuple[int, int], framing: Framing) -> Geometry:
+    """Where a picture of a size goes: it covers the target, and is cut as the framing says."""
+    resized = covering_size(*size, target)
+    top, left = (
+        int(share * (whole - part + 1))
+        for share, whole, part in zip((framing.top, framing.left), resized, target, strict=True)
+    )
+    return Geometry(size, resized, (top, left), target, framing.flip)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """A picture (h, w, 3) uint8 in another size, (3, *size)."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if size != tuple(image.shape[-2:]):
+        image = interpolate(image, size=size, mode="bicubic", antialias=True)
+    return image[0]
+
+
+def frame(pixels: np.ndarray, target: tuple[int, int], framing: Framing, out: Tensor) -> Geometry:
     """Resize an image so that it covers the target, and write the framed crop to `out`.
 
     Args:
@@ -64,15 +108,8 @@ def frame(pixels: np.ndarray, target: tuple[int, int], framing: Framing, out: Te
         out: (3, *target) uint8, written.
 
     Returns:
-        Top and left of the crop in the resized image, mirrored if the framing says so.
+        Where it went.
     """
-    size = covering_size(pixels.shape[0], pixels.shape[1], target)
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    if size != tuple(image.shape[-2:]):
-        image = interpolate(image, size=size, mode="bicubic", antialias=True)
-    free_rows, free_columns = size[0] - target[0], size[1] - target[1]
-    top, left = int(framing.top * (free_rows + 1)), int(framing.left * (free_columns + 1))
-    start = free_columns - left if framing.flip else left
-    crop = image[0, :, top : top + target[0], start : start + target[1]]
-    out.copy_(crop.flip(-1) if framing.flip else crop)
-    return top, left
+    geometry = place((pixels.shape[0], pixels.shape[1]), target, framing)
+    out.copy_(geometry.cut(resize(pixels, geometry.resized)))
+    return geometry

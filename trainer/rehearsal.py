@@ -4,18 +4,21 @@ Running out of memory, or compiling too often, shows in the first minute and not
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from data.batch import Batch
 from data.buckets import Bucket
 from data.draws import slice_draws
-from data.encoded import MOMENTS, Encoding
+from data.encoded import MOMENTS
 from trainer.engines.base import Engine
 from trainer.objectives.base import Objective
 
 log = logging.getLogger(__name__)
+
+Fields = Callable[[int, Bucket], Mapping[str, Tensor | list]]
 
 
 def rehearse(
@@ -25,7 +28,7 @@ def rehearse(
     slice_size: int,
     slices: int,
     arrange: Callable[[list[Batch]], list[Batch]],
-    encoding: Encoding | None = None,
+    fields: Fields = lambda size, bucket: {},
     alive: Callable[[], None] = lambda: None,
 ) -> None:
     """Forward and backward through all phases at each shape; collective. Gradients are dropped.
@@ -35,7 +38,7 @@ def rehearse(
         slice_size: samples in a slice.
         slices: that a rank serves in a step; as many as one pass takes are rehearsed.
         arrange: slices to passes, as in training.
-        encoding: that slices come with.
+        fields: of samples that stand for none.
         alive: called after each shape: compiling takes long.
 
     Raises:
@@ -43,7 +46,7 @@ def rehearse(
         RuntimeError: torch's own: a block compiles too often.
     """
     for bucket in buckets:
-        first = arrange([blank(bucket, slice_size, lane, encoding).to(engine.device) for lane in range(slices)])[0]
+        first = arrange([blank(bucket, slice_size, lane, fields).to(engine.device) for lane in range(slices)])[0]
         for phase in objective.phases:
             try:
                 with engine.accumulating(phase, last=True):
@@ -59,16 +62,16 @@ def rehearse(
     log.info("rehearsed %d shapes", len(buckets))
 
 
-def blank(bucket: Bucket, size: int, lane: int = 0, encoding: Encoding | None = None) -> Batch:
-    """Black pictures without captions, in a bucket's shape, or zeros as their encoding. Their draws are some step's:
-    draws are keyed, and drawing takes nothing from that step."""
-    fields = encoding.fields(size, bucket) if encoding is not None else {}
+def blank(bucket: Bucket, size: int, lane: int = 0, fields: Fields = lambda size, bucket: {}) -> Batch:
+    """Black pictures without captions, in a bucket's shape, or zeros as their encoding; with `fields` of as many
+    samples of the bucket. Their draws are some step's: draws are keyed, and drawing takes nothing from that step."""
+    own = fields(size, bucket)
     return Batch(
         draws=slice_draws(0, 0, lane, size),
         keys=[""] * size,
         captions=[""] * size,
-        images=torch.zeros(size, 0 if MOMENTS in fields else 3, bucket.height, bucket.width, dtype=torch.uint8),
+        images=torch.zeros(size, 0 if MOMENTS in own else 3, bucket.height, bucket.width, dtype=torch.uint8),
         original_size=torch.tensor([[bucket.height, bucket.width]] * size),
         crop=torch.zeros(size, 2, dtype=torch.int64),
-        fields=dict(fields),
+        fields=dict(own),
     )

@@ -164,7 +164,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     # The loop.
     callbacks.append(resources.enter_context(hang))
     if config.rehearse:
-        rehearse(objective, engine, shapes, slice_size, len(mine), arrange, data.encoding, hang.beat)
+        rehearse(objective, engine, shapes, slice_size, len(mine), arrange, data.blank_fields, hang.beat)
     meter.flops_per_sample = sum(share * objective.flops(networks, shape) for shape, share in shares.items())
     peak = config.log.peak_flops or peak_flops(world.device)
     meter.peak_flops = peak * world.size if peak else None

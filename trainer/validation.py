@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from data.batch import Batch, PlannedSlice, fuse
-from data.encoded import Encoding
 from data.hashing import mix64, text64
 from data.reader import BadSliceError, SliceReader
 from data.tars import TarSplit
@@ -18,7 +17,7 @@ from trainer.distributed import all_reduce_sum
 from trainer.ema import Ema
 from trainer.engines.base import Engine
 from trainer.objectives.base import Validates
-from trainer.rehearsal import blank
+from trainer.rehearsal import Fields, blank
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +88,12 @@ def validation_batches(split: TarSplit, samples: int, size: int, rank: int, worl
         by_bucket.setdefault(planned.bucket, []).append(planned)
     passes = [part[i : i + size] for _, part in sorted(by_bucket.items()) for i in range(0, len(part), size)]
     reader = split.reader(_SEED, crop="center", flip=False)
-    batches = [_read(reader, part, size, split.data.encoding) for part in passes[rank::world]]
-    spare = blank(split.buckets[passes[0][0].bucket], size, encoding=split.data.encoding)
+    batches = [_read(reader, part, size, split.data.blank_fields) for part in passes[rank::world]]
+    spare = blank(split.buckets[passes[0][0].bucket], size, fields=split.data.blank_fields)
     return batches + [spare] * (math.ceil(len(passes) / world) - len(batches))
 
 
-def _read(reader: SliceReader, part: Sequence[PlannedSlice], size: int, encoding: Encoding | None) -> Batch:
+def _read(reader: SliceReader, part: Sequence[PlannedSlice], size: int, fields: Fields) -> Batch:
     batches = []
     for planned in part:
         try:
@@ -102,5 +101,5 @@ def _read(reader: SliceReader, part: Sequence[PlannedSlice], size: int, encoding
         except BadSliceError as error:
             log.warning("validation goes without a sample: %s", error)
     if len(batches) < size:
-        batches.append(blank(reader.buckets[part[0].bucket], size - len(batches), encoding=encoding))
+        batches.append(blank(reader.buckets[part[0].bucket], size - len(batches), fields=fields))
     return fuse(batches)

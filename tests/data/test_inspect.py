@@ -12,6 +12,7 @@ from data.compiled import compile_sizes
 from data.draws import slice_draws
 from data.inspect import bucket_fill, bucket_table, contact_sheet
 from data.plan import Plan, PlanSource
+from models.layout import Layout
 
 
 def plan(folder: Path) -> Plan:
@@ -56,3 +57,32 @@ def test_every_picture_is_on_the_sheet(tmp_path):
             corners = np.argwhere(colours == image[0, 0].astype(np.uint32) @ [1 << 16, 1 << 8, 1])
             height, width = image.shape[:2]
             assert any(np.array_equal(sheet[y : y + height, x : x + width], image) for y, x in corners)
+
+
+def test_fields_are_drawn_into_the_picture_and_beside_it(tmp_path):
+    labels = torch.zeros(2, 64, 64, dtype=torch.int16)
+    labels[:, :, 32:] = 5
+    batch = Batch(
+        draws=slice_draws(0, 0, 0, 2),
+        keys=["a", "b"],
+        captions=["", ""],
+        images=torch.full((2, 3, 64, 64), 7, dtype=torch.uint8),
+        original_size=torch.tensor([[64, 64]] * 2),
+        crop=torch.zeros(2, 2, dtype=torch.int64),
+        fields={
+            "class": torch.tensor([3, 4]),
+            "map": labels,
+            "mask": labels == 5,
+            "boxes": [Layout((1,), ((0.25, 0.25, 0.75, 0.75),)), Layout()],
+        },
+    )
+    contact_sheet([batch], tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    top, left = np.argwhere((sheet == 7).all(2))[0]
+    picture, beside, mask = (sheet[top : top + 64, left + 64 * i : left + 64 * (i + 1)] for i in range(3))
+    box = np.zeros((64, 64), bool)
+    box[16:49, 16:49] = True
+    box[17:48, 17:48] = False
+    assert ((picture != 7).any(2) == box).all()
+    assert (beside[:, :32] == 0).all() and len(np.unique(beside[:, 32:].reshape(-1, 3), axis=0)) == 1
+    assert (mask[:, 32:] == 255).all() and (mask[:, :32] == 0).all()

@@ -28,7 +28,7 @@ def test_the_resized_image_covers_the_target_with_nothing_to_spare_on_one_side(h
 def test_a_framed_image_is_pillows_resize_and_crop(height, width, flip):
     pixels, target = noise(height, width), (64, 48)
     out = torch.empty(3, *target, dtype=torch.uint8)
-    top, left = frame(pixels, target, Framing(0.7, 0.3, flip), out)
+    top, left = frame(pixels, target, Framing(0.7, 0.3, flip), out).crop
     rows, columns = covering_size(height, width, target)
     assert (top, left) == (int(0.7 * (rows - 64 + 1)), int(0.3 * (columns - 48 + 1)))
     resized = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC))
@@ -41,7 +41,7 @@ def test_a_framed_image_is_pillows_resize_and_crop(height, width, flip):
 def test_an_image_of_the_target_size_is_untouched():
     pixels = noise(32, 40)
     out = torch.empty(3, 32, 40, dtype=torch.uint8)
-    assert frame(pixels, (32, 40), Framing(0.9, 0.9, False), out) == (0, 0)
+    assert frame(pixels, (32, 40), Framing(0.9, 0.9, False), out).crop == (0, 0)
     assert np.array_equal(out.permute(1, 2, 0).numpy(), pixels)
 
 
@@ -58,7 +58,7 @@ def test_random_offsets_are_uniform_and_reach_both_ends():
 def test_centred_crops_lie_in_the_middle():
     (framing,) = draw_framings(slice_draws(0, 0, 0, 1), "center", flip=False)
     out = torch.empty(3, 10, 10, dtype=torch.uint8)
-    assert frame(noise(10, 16), (10, 10), framing, out) == (0, 3)
+    assert frame(noise(10, 16), (10, 10), framing, out).crop == (0, 3)
     assert not framing.flip
 
 

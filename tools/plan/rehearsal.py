@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from conf.schema import build
 from data.buckets import Bucket
 from data.encoded import EncoderSettings, Encoding, LatentSettings
+from data.fields import blank_fields
 from models.conditioner import Conditioner
 from models.first_stage import KLFirstStage
 from tools.plan.encoders import planned_conditioner
@@ -99,7 +100,12 @@ def _rehearse(config: Any, objective: Objective, bucket: Bucket, arrange: Passes
             engine = sized.build(networks, objective.phases, optimizers, config.seed, device)
         account.settle(STATES)
         encoding = _encoding(config, networks) if config.data.encoded is not None else None
-        batch = arrange([blank(bucket, arrange.slice_size, lane, encoding) for lane in range(slices)])[0]
+        own = {name: build(node) for name, node in (config.data.get("fields") or {}).items()}
+
+        def fields(size: int, bucket: Bucket) -> dict[str, Any]:
+            return (encoding.fields(size, bucket) if encoding is not None else {}) | blank_fields(own, size, bucket)
+
+        batch = arrange([blank(bucket, arrange.slice_size, lane, fields) for lane in range(slices)])[0]
         batch_bytes = account.bytes(ACTIVATIONS)
         account.settle(STATES)
 

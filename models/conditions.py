@@ -1,0 +1,205 @@
+"""The conditions of latent diffusion's tasks (arXiv 2112.10752, sections 4.3 to 4.5) beside text and layouts: a class,
+and maps that are laid beside the noisy latent.
+
+    class                a learned token to attend to
+    semantic map         a learned colour for each label, averaged down to the latent's size
+    super-resolution     the low-resolution picture, with or without noise
+    inpainting           the latent of the picture without its hole, and where the hole is
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from models.conditioner import ConditionMap, Given, LearnedEncoder, Outputs
+
+
+class ClassEncoder(LearnedEncoder):
+    """One learned token for each class, trained with the denoiser, and one that stands for none.
+
+    Args:
+        classes: their number.
+        width: features of a token.
+        field: of the samples, with class numbers from 0.
+    """
+
+    length, pooled_width = 1, 0
+
+    def __init__(self, classes: int = 1000, width: int = 512, field: str = "class") -> None:
+        super().__init__()
+        self.reads, self.nothing, self.width = field, classes, width
+        self.embedding = nn.Embedding(classes + 1, width)
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        tokens = self.embedding(inputs)[:, None].float()
+        return tokens, tokens.new_zeros(len(tokens), 0)
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Standard normal, as torch's own embeddings, with which the paper's started."""
+        with torch.no_grad():
+            tensor.normal_(generator=generator)
+
+
+class SemanticMap(ConditionMap):
+    """A map of labels as learned colours, trained with the denoiser: what one-hot labels give that are averaged down to
+    the latent's size, then mapped to few channels linearly. Labels beyond the classes (void) are zeros.
+
+    Args:
+        classes: labels, from 0 to below this. COCO-Stuff has 182.
+        channels: that each becomes.
+        field: of the samples, with labels (n, H, W).
+    """
+
+    learned = True
+
+    def __init__(self, classes: int = 182, channels: int = 3, field: str = "map") -> None:
+        super().__init__()
+        self.reads, self.channels, self.classes = (field,), channels, classes
+        self.colours = nn.Embedding(classes, channels)
+
+    def forward(self, given: Given) -> Tensor:
+        labels = given.read(self.reads[0]).long()
+        known = (labels >= 0) & (labels < self.classes)
+        colours = self.colours(labels.where(known, 0)).float() * known[..., None]
+        return _averaged(colours.permute(0, 3, 1, 2), given)
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Uniform, as torch's own for a convolution of 1x1 from one-hot labels."""
+        with torch.no_grad():
+            bound = self.classes**-0.5
+            tensor.uniform_(-bound, bound, generator=generator)
+
+
+class OneHotMap(ConditionMap):
+    """A map of labels as it is, a channel for each, averaged down to the latent's size.
+
+    Args:
+        classes, field: as in `SemanticMap`.
+    """
+
+    def __init__(self, classes: int, field: str = "map") -> None:
+        super().__init__()
+        self.reads, self.channels = (field,), classes
+
+    def forward(self, given: Given) -> Tensor:
+        labels = given.read(self.reads[0]).long()
+        places = torch.arange(self.channels, device=labels.device)[:, None, None]
+        return _averaged((labels[:, None] == places).float(), given)
+
+
+class PictureMap(ConditionMap):
+    """A second picture, aligned with the first: its pixels from -1 to 1, or its latent.
+
+    Args:
+        field: of the samples, with pictures (n, 3, H, W) uint8.
+        channels: 3 for pixels, which are averaged down to the latent's size; the first stage's for latents.
+        encode: whether the first stage encodes it.
+    """
+
+    def __init__(self, field: str, channels: int = 3, encode: bool = False) -> None:
+        super().__init__()
+        self.reads, self.channels, self.encode = (field,), channels, encode
+
+    def forward(self, given: Given) -> Tensor:
+        pixels = given.read(self.reads[0]).float() / 127.5 - 1
+        return _encoded(pixels, given, self.channels) if self.encode else _averaged(pixels, given)
+
+
+class LowResolution(ConditionMap):
+    """The picture at low resolution, for super-resolution: scaled down here, unless the samples come with one.
+
+    With noise augmentation, Gaussian noise is added whose standard deviation is drawn for each sample between 0 and
+    `noise`; a further channel tells it, so that the network knows how far to trust the picture (arXiv 2106.15282,
+    section 4.2). Where the samples' field `level_field` holds a number, it is the standard deviation.
+
+    Args:
+        factor: that sides are divided by, bicubic and antialiased, in 256 levels as a picture's file has.
+        noise: the largest standard deviation, where pixels go from -1 to 1; 0 adds none, and tells none.
+        field: of the samples, with pictures (n, 3, h, w) uint8 at low resolution.
+        level_field: of the samples, with standard deviations.
+    """
+
+    def __init__(
+        self, factor: int = 4, noise: float = 0.0, field: str = "low_resolution", level_field: str = "noise_level"
+    ) -> None:
+        super().__init__()
+        if factor < 1 or noise < 0:
+            raise ValueError(f"a factor of at least 1 and no negative noise, not factor={factor}, noise={noise}")
+        self.factor, self.noise, self.field, self.level_field = factor, noise, field, level_field
+        self.reads, self.channels = (), 3 + (noise > 0)
+
+    def forward(self, given: Given) -> Tensor:
+        low = given.read(self.field)
+        if low is None:
+            low = self._scaled_down(given)
+        low = _interpolated(low.float() / 127.5 - 1, given)
+        if not self.noise:
+            return low
+        level = given.read(self.level_field)
+        if level is None:
+            assert given.draws is not None
+            level = self.noise * given.draws.uniform("low resolution/level", device=low.device)
+        level = torch.as_tensor(level, device=low.device).float().view(-1, 1, 1, 1)
+        assert given.draws is not None
+        noise = given.draws.normal("low resolution/noise", low.shape[1:], low.device)
+        return torch.cat([low + level * noise, level.expand(-1, 1, *low.shape[2:])], dim=1)
+
+    def _scaled_down(self, given: Given) -> Tensor:
+        if given.images is None or given.images.shape[1] != 3:
+            raise ValueError(f"LowResolution needs {self.field!r} or pictures, and the samples come with neither")
+        height, width = given.size
+        size = (height // self.factor, width // self.factor)
+        low = interpolate(given.images.float(), size=size, mode="bicubic", antialias=True)
+        return low.clamp(0, 255).round()
+
+
+class MaskedPicture(ConditionMap):
+    """What inpainting starts from: the latent of the picture with its hole in black, and a mask of -1, and 1 in the
+    hole, scaled down to the latent's size without smoothing.
+
+    Args:
+        latent_channels: of the first stage.
+        field: of the samples, with masks (n, H, W), true in the hole.
+    """
+
+    def __init__(self, latent_channels: int = 3, field: str = "mask") -> None:
+        super().__init__()
+        self.reads, self.channels, self.field = ("images", field), latent_channels + 1, field
+
+    def forward(self, given: Given) -> Tensor:
+        images, mask = given.images, given.read(self.field)[:, None]
+        assert images is not None
+        pixels = (images / 127.5 - 1).where(~mask, -1.0)
+        latent = _encoded(pixels, given, self.channels - 1)
+        hole = interpolate(mask.float(), size=latent.shape[2:], mode="nearest") * 2 - 1
+        return torch.cat([latent, hole], dim=1)
+
+
+def _size(given: Given) -> tuple[int, int]:
+    """Height and width of the latent."""
+    assert given.first_stage is not None
+    _, height, width = given.first_stage.latent_shape(*given.size)
+    return height, width
+
+
+def _averaged(maps: Tensor, given: Given) -> Tensor:
+    """Scaled down to the latent's size by halves, each the mean of two by two."""
+    size = _size(given)
+    return maps if tuple(maps.shape[2:]) == size else interpolate(maps, size=size, mode="area")
+
+
+def _interpolated(maps: Tensor, given: Given) -> Tensor:
+    size = _size(given)
+    return maps if tuple(maps.shape[2:]) == size else interpolate(maps, size=size, mode="bicubic")
+
+
+@torch.no_grad()
+def _encoded(pixels: Tensor, given: Given, channels: int) -> Tensor:
+    """The most likely latent of pictures (n, 3, H, W) from -1 to 1."""
+    assert given.first_stage is not None
+    if pixels.shape[1] != 3:
+        raise ValueError("a condition is made of the pictures, which were not read: leave out data.encoded")
+    latent = given.first_stage.encode(pixels)
+    if latent.shape[1] != channels:
+        raise ValueError(f"the first stage has {latent.shape[1]} channels, and a condition of its latents {channels}")
+    return latent.float()
