@@ -123,7 +123,9 @@ def _run(job: str, overrides: list[str]) -> None:
         if hasattr(module, "submit"):  # a job of several jobs
             module.submit(overrides)
         else:
-            print(submit_job(check_job(job, overrides)))
+            checked = check_job(job, overrides)
+            name = checked.name
+            print(f"{submit_job(checked)}. See millrace jobs, millrace logs {name}, millrace cancel {name}")
         return
     check(config, module.Config)
     if hasattr(module, "preflight"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from conf.errors import ConfigError
 from slurm.step import log_of
 from tools.submitted import Job, named
 
@@ -24,7 +25,11 @@ class Config:
 
 def run(config: Any) -> None:
     """Print, for each job of the run, what its batch script and its task have written last."""
-    for job in named(config.runs, config.run):
+    jobs = named(config.runs, config.run)
+    names = dict.fromkeys(job.folder.relative_to(config.runs).as_posix() for job in jobs)
+    if len(names) > 1:
+        raise ConfigError(f"run={config.run} is a study: name one of its runs, {', '.join(names)}")
+    for job in jobs:
         for path in _files(job, config.task, config.element or 0):
             print(f"==> {path}")
             if path.exists():

@@ -1,7 +1,7 @@
 """`cluster=slurm`: checks a job as if its ranks were here, keeps what it will run, and hands it to SLURM.
 
 submitted = submit_job(check_job("train", overrides))       # one job, or an array of tasks and what follows it
-submitted = submit_runs([check_job(...), ...], folder, parallel=2)      # several runs, as one array
+submitted = submit_runs("a sweep", [check_job(...), ...], folder, parallel=2)   # several runs, as one array
 """
 
 import time
@@ -53,6 +53,11 @@ class Checked:
     folder: Path
 
     @property
+    def name(self) -> str:
+        """Of the run."""
+        return str(self.config.name)
+
+    @property
     def chain(self) -> Chain:
         """The history of the folder's job."""
         return Chain(self.folder / CHAIN)
@@ -73,19 +78,17 @@ class Submitted:
     """What SLURM was given.
 
     Args:
+        what: the run's name, or words for several.
         job: its id; of an array, that of all elements.
         last: the id of the job with which all is done: another than `job` after an array of tasks.
-        folder: under `runs`.
     """
 
+    what: str
     job: str
     last: str
-    folder: Path
 
     def __str__(self) -> str:
-        name = self.folder.name
-        then = f", then {self.last}" if self.last != self.job else ""
-        return f"{name}: job {self.job}{then}. See millrace jobs, millrace logs {name}, millrace cancel {name}"
+        return f"{self.what}: job {self.job}" + (f", then {self.last}" if self.last != self.job else "")
 
 
 @dataclass
@@ -134,26 +137,27 @@ def submit_job(checked: Checked) -> Submitted:
     if not checked.in_tasks:
         job = submit([_ranks(checked, kept)], kept / "submitit", code)
         checked.chain.add("submitted", job, kind=checked.job, kept=kept.name)
-        return Submitted(job, job, checked.folder)
+        return Submitted(checked.name, job, job)
     elements = _elements(checked, kept)
     job = submit(elements, kept / "submitit", code, checked.resources.max_parallel)
     checked.chain.add("submitted", job, kind=checked.job, kept=kept.name, elements=len(elements))
     if len(elements) == 1:
-        return Submitted(job, job, checked.folder)
+        return Submitted(checked.name, job, job)
     # The same command without a task: what is done by now is passed over, what needs all of it is made, on all cores.
     tasks = f"cluster.tasks={checked.resources.cpus_per_rank}"
     rest = checked.work([["cluster=tasks", tasks]], kept / "logs" / "rest", Chain(kept / "rest.jsonl"))
     last = submit([rest], kept / "submitit", code, dependency=f"afterok:{job}")
     checked.chain.add("submitted", last, kind=checked.job, kept=kept.name, after=job)
-    return Submitted(job, last, checked.folder)
+    return Submitted(checked.name, job, last)
 
 
 def submit_runs(
-    runs: Sequence[Checked], folder: Path, parallel: int | None = None, dependency: str | None = None
+    what: str, runs: Sequence[Checked], folder: Path, parallel: int | None = None, dependency: str | None = None
 ) -> Submitted:
     """Submit several jobs of ranks, which share their resources, as one array.
 
     Args:
+        what: to call them by.
         runs: each with a folder of its own, whose `slurm.jsonl` tells its history.
         folder: new; for what they share: the code, and the batch scripts with their output.
         parallel: how many may run at a time; None: as many as fit.
@@ -170,7 +174,7 @@ def submit_runs(
     job = submit(works, folder / "submitit", code, parallel, dependency)
     for i, (run, place) in enumerate(zip(runs, kept, strict=True)):
         run.chain.add("submitted", f"{job}_{i}" if len(runs) > 1 else job, kind=run.job, kept=place.name)
-    return Submitted(job, job, folder)
+    return Submitted(what, job, job)
 
 
 def train_progress(folder: Path, steps: int) -> Progress:

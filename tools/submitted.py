@@ -28,8 +28,13 @@ class Job:
 
     @property
     def id(self) -> str:
-        """In SLURM's queue."""
+        """In SLURM's queue; of an element of an array `17_3`."""
         return str(self.row["job"])
+
+    @property
+    def number(self) -> int:
+        """That SLURM counts jobs by: those that follow others have larger ones."""
+        return int(self.id.partition("_")[0])
 
     @property
     def kept(self) -> Path:
@@ -60,12 +65,13 @@ def jobs_of(folder: Path) -> list[Job]:
 
 
 def named(runs: str, name: str) -> list[Job]:
-    """Those of a run by its name.
+    """Those of a run by its name, or of all runs of a study by its.
 
     Raises:
         ConfigError: nothing of that name was submitted.
     """
-    jobs = jobs_of(Path(runs) / name)
+    folder = Path(runs) / name
+    jobs = jobs_of(folder) or [job for chain in sorted(folder.glob(f"*/{CHAIN}")) for job in jobs_of(chain.parent)]
     if not jobs:
         raise ConfigError(f"run={name}: nothing in {Path(runs) / name} was submitted (millrace jobs lists what was)")
     return jobs

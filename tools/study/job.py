@@ -45,7 +45,9 @@ def submit(overrides: Sequence[str]) -> None:
     """With cluster=slurm: submit the study, and print its jobs."""
     from tools.study.submission import submit_study
 
-    print("\n".join(map(str, submit_study(overrides))))
+    study, submitted = submit_study(overrides)
+    print("\n".join(map(str, submitted)))
+    print(f"See millrace jobs, millrace logs {study}/<run>, millrace cancel {study}")
 
 
 def run(config: Any) -> None:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from conf.compose import compose, split_cluster
 from conf.errors import ConfigError
@@ -17,12 +16,14 @@ from tools.submission import Checked, Submitted, check_job, submit_job, submit_r
 _SINGLE = ("cluster.nodes=1", "cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "cluster.min_nodes=null")
 
 
-def submit_study(overrides: Sequence[str]) -> list[Submitted]:
+def submit_study(overrides: Sequence[str]) -> tuple[str, list[Submitted]]:
     """`millrace study <overrides>`, with `cluster=slurm` among them: unfinished runs as an array, at most
     `cluster.max_parallel` at a time; then the prediction, and the held-out runs as another array; then the analysis.
+    Gives the study's name, and its jobs.
 
-    Every job follows the one before however that ends (`afterany`): a run that fails is listed with its reason, and
-    does not keep the others from being analysed. All is checked before anything is submitted.
+    A job follows the one before however that ends (`afterany`): a run that fails is listed with its reason, and does
+    not keep the others from being analysed. But held-out runs start only where they have been predicted (`afterok`).
+    All is checked before anything is submitted.
 
     Raises:
         ConfigError: a mistake in the study, or in any of its runs.
@@ -35,19 +36,23 @@ def submit_study(overrides: Sequence[str]) -> list[Submitted]:
     if config.dry_run or config.stage != "all":
         raise ConfigError("cluster=slurm submits a whole study: leave out dry_run and stage, or run them here.")
     folder = Path(config.runs) / study.name
-    arrays = [[_checked(run, of_cluster) for run in part if run.state != "finished"] for part in by_turn(runs)]
-    between = [_single(own, of_cluster, study.name, "prediction")] if study.held_out else []
-    last = _single(own, of_cluster, study.name, "analysis")
+    early, late = [[_checked(r, of_cluster) for r in part if r.state != "finished"] for part in by_turn(runs)]
+    prediction = _single(own, of_cluster, study.name, "prediction") if late else None
+    analysis = _single(own, of_cluster, study.name, "analysis")
     prepare(study, folder)
 
-    steps: list[Any] = [arrays[0], *between, *arrays[1:], last]
     submitted: list[Submitted] = []
-    for step in steps:
-        if step == []:
-            continue
-        after = f"afterany:{submitted[-1].last}" if submitted else None
-        submitted.append(_submit(step, folder, after, len(submitted)))
-    return submitted
+
+    def after(kind: str) -> str | None:
+        return f"{kind}:{submitted[-1].last}" if submitted else None
+
+    if early:
+        submitted.append(_array(f"{study.name}, runs", early, folder, "runs", after("afterany")))
+    if prediction is not None:
+        submitted.append(_follow(prediction, after("afterany")))
+        submitted.append(_array(f"{study.name}, held-out runs", late, folder, "held_out", after("afterok")))
+    submitted.append(_follow(analysis, after("afterany")))
+    return study.name, submitted
 
 
 def by_turn(runs: Sequence[StudyRun]) -> list[list[StudyRun]]:
@@ -63,8 +68,10 @@ def _single(own: Sequence[str], of_cluster: Sequence[str], study: str, stage: st
     return check_job("study", [*own, f"stage={stage}", f"name={study}/{stage}", *of_cluster, *_SINGLE])
 
 
-def _submit(step: Checked | list[Checked], folder: Path, after: str | None, number: int) -> Submitted:
-    if isinstance(step, Checked):
-        return submit_job(step if after is None else replace(step, resources=replace(step.resources, dependency=after)))
-    kept = folder / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
-    return submit_runs(step, kept.absolute(), step[0].resources.max_parallel, after)
+def _follow(single: Checked, after: str | None) -> Submitted:
+    return submit_job(replace(single, resources=replace(single.resources, dependency=after)) if after else single)
+
+
+def _array(what: str, runs: list[Checked], folder: Path, part: str, after: str | None) -> Submitted:
+    kept = folder / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{part}"
+    return submit_runs(what, runs, kept.absolute(), runs[0].resources.max_parallel, after)
