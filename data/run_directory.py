@@ -1,11 +1,22 @@
 """Where a run of any job writes: `runs/<name>/{config.yaml, metrics.jsonl, keys.jsonl, checkpoints/, ...}`."""
 
+import fcntl
 import json
+import logging
+import os
+import socket
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from conf.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# How long ranks whose launcher was killed may take to save and leave, before a command that goes on gives up.
+_PATIENCE_S = 300.0
 
 
 class RunDirectory:
@@ -36,6 +47,30 @@ class RunDirectory:
 
         self.config.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
+    @contextmanager
+    def alone(self, patience: float = _PATIENCE_S) -> Iterator[None]:
+        """Be the one process that writes the run; of its ranks, the first. Waits for one that is still there: ranks
+        whose launcher was killed save before they leave.
+
+        Raises:
+            ConfigError: a process of this machine works on the run for longer. One of another machine, which may have
+                been lost, is only told of.
+        """
+        with (self.path / ".lock").open("a+") as file:
+            deadline, told = time.monotonic() + patience, False
+            while holder := _holder(file):
+                if not told:
+                    log.warning("%s: waiting for process %s to end, which works on it", self.path, holder)
+                    told = True
+                if time.monotonic() > deadline:
+                    words = f"process {holder} works on {self.path}"
+                    if holder.endswith(f" on {socket.gethostname()}"):
+                        raise ConfigError(f"{words}: end it, or give this run another name=")
+                    log.warning("%s, or has been lost: going on without it", words)
+                    break
+                time.sleep(0.2)
+            yield
+
     def rewind(self, step: int) -> None:
         """Drop the metrics that an interrupted run wrote beyond the step that it resumes from: no step stands twice."""
         if self.metrics.exists():
@@ -43,6 +78,24 @@ class RunDirectory:
             scratch = self.metrics.with_suffix(".tmp")
             scratch.write_text("".join(kept))
             scratch.replace(self.metrics)
+
+
+def _holder(file: IO[str]) -> str:
+    """The process that holds the file's lock; "" where it is ours now, or the file system knows no locks.
+
+    A record lock, which ends with the process and not with the last of its forks.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        return file.read().strip() or "(unknown)"
+    except OSError:
+        return ""
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return ""
 
 
 def check_name(name: str) -> None:

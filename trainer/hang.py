@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from trainer.distributed import World, collectives, flight_record
 
@@ -63,6 +63,7 @@ class HangWatch:
         self._path = folder / f"hang_of_rank_{world.rank}.txt"
         self._left = threading.Event()
         self._step = 0
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
         if self._timeout is not None:
@@ -77,11 +78,12 @@ class HangWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._timeout is not None:
+        if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             self._left.set()
             self._teller.join()
             self._file.close()
+            self._file = None
             if not self._path.stat().st_size:
                 self._path.unlink()
 
@@ -91,8 +93,9 @@ class HangWatch:
         self.beat()
 
     def beat(self) -> None:
-        """Start the clock anew: for what takes long between steps, and goes on."""
-        if self._timeout is not None:
+        """Start the clock anew, unless it stands: for what takes long between steps, and goes on."""
+        if self._file is not None:
+            assert self._timeout is not None
             # Takes the place of the one before.
             faulthandler.dump_traceback_later(self._timeout, file=self._file)
 

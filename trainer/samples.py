@@ -1,6 +1,6 @@
 """Sample grids of a run, always of the same prompts and noise, so that two of them can be compared."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data.run_directory import RunDirectory
@@ -26,12 +26,14 @@ class SampleGrid:
         objective: of the run; it draws.
         directory: of the run.
         tracker: shows the sheet in W&B.
+        alive: called after each pass of the sampler over some of the pictures.
     """
 
     pictures: Sequence[Picture]
     objective: DrawsPictures
     directory: RunDirectory
     tracker: Tracker
+    alive: Callable[[], None] = lambda: None
 
     def __call__(self, engine: Engine, ema: Ema, length: str | None, step: int) -> None:
         """Draw and write the sheet; collective.
@@ -41,7 +43,11 @@ class SampleGrid:
             step: steps taken.
         """
         with averaged(ema, length):
-            images = share_work(lambda part: self.objective.draw(engine.networks, part, engine.device), self.pictures)
+            images = share_work(
+                lambda part: self.objective.draw(engine.networks, part, engine.device),
+                self.pictures,
+                alive=self.alive,
+            )
         if is_main():
             path = self.directory.samples / f"step_{step:08d}.png"
             metadata = {"prompts": [p.prompt for p in self.pictures], "seeds": [p.seed for p in self.pictures]}

@@ -60,7 +60,10 @@ def draw(
 
 @torch.no_grad()
 def share_work(
-    draw_part: Callable[[Sequence[Picture]], Sequence[Tensor]], pictures: Sequence[Picture], batch: int = 16
+    draw_part: Callable[[Sequence[Picture]], Sequence[Tensor]],
+    pictures: Sequence[Picture],
+    batch: int = 16,
+    alive: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Draw pictures, the ranks sharing the work. Collective; every rank returns all, as uint8 (3, H, W) on the CPU.
 
@@ -69,6 +72,7 @@ def share_work(
     Args:
         draw_part: draws pictures of one size, in one pass.
         batch: pictures in one pass, at most.
+        alive: called after each pass: all of them together may take long.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     drawn: dict[int, Tensor] = {}
@@ -81,6 +85,7 @@ def share_work(
             part = padded[start : start + batch]
             images = draw_part([pictures[i] for i in part])
             drawn |= dict(zip(part, images, strict=True))
+            alive()
     if world > 1:
         gathered: list[dict[int, Tensor]] = [{}] * world
         dist.all_gather_object(gathered, drawn)

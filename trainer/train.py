@@ -110,11 +110,15 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     ema.attach(engine)
 
     # Where to go on from.
+    if world.is_main:
+        resources.enter_context(directory.alone())
+    barrier()
+    hang = HangWatch(config.hang_timeout, directory.path / "logs", world)
     policy = build(config.checkpoint)
     state = RunState(
         engine,
         ema,
-        policy.build(directory.checkpoints),
+        policy.build(directory.checkpoints, hang.beat),
         lambda start: split.plan(lanes, slice_size, config.seed, start),
         plain,
         data.replan,
@@ -126,7 +130,6 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     barrier()
 
     # What happens between steps.
-    hang = HangWatch(config.hang_timeout, directory.path / "logs", world)
     meter = Meter(objective.phases, config.batch, world.device)
     wandb = WandbConfig(**config.log.wandb) if config.log.wandb is not None else None
     tracker = resources.enter_context(Tracker(directory, plain, config.steps, state.step, wandb, world.is_main))
@@ -154,7 +157,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
         logging_.validate = lambda: validation(objective, engine, ema, config.validation.ema)
     if config.samples.every is not None:
         pictures = pictures_for(config.samples.prompts, config.samples.count, held_out or split)
-        grid = SampleGrid(pictures, objective, directory, tracker)
+        grid = SampleGrid(pictures, objective, directory, tracker, hang.beat)
         callbacks.append(
             Every(lambda step: grid(engine, ema, config.samples.ema, step), config.samples.every, config.steps, meter)
         )

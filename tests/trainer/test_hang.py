@@ -73,11 +73,12 @@ def test_the_rank_with_fewer_collectives_is_behind_and_one_that_does_not_answer_
 
 def test_steps_in_time_and_beats_are_no_hang_and_leave_no_file(tmp_path):
     world = World(0, 1, 0, torch.device("cpu"), launched=False)
-    with HangWatch(2.0, tmp_path / "logs", world) as watch:
-        for step in range(6):
-            time.sleep(0.5)
+    with HangWatch(6.0, tmp_path / "logs", world) as watch:
+        for step in range(7):
+            time.sleep(1.0)
             watch.after_step(step) if step < 3 else watch.beat()
     assert not list((tmp_path / "logs").iterdir())
     with HangWatch(None, tmp_path / "nowhere", world) as watch:
         watch.after_step(1)
+    watch.beat()  # the clock stands
     assert not (tmp_path / "nowhere").exists()

@@ -97,13 +97,16 @@ def test_a_prompt_and_a_seed_make_the_picture():
 
 
 def passes_of(pictures: list[Picture], batch: int) -> tuple[list[list[Picture]], list[Tensor]]:
+    """Those that were made, each of which was followed by a sign of life."""
     passes: list[list[Picture]] = []
+    beats = []
 
     def draw_part(part: Sequence[Picture]) -> list[Tensor]:
         passes.append(list(part))
         return [torch.full((3, p.height, p.width), p.seed, dtype=torch.uint8) for p in part]
 
-    images = share_work(draw_part, pictures, batch)
+    images = share_work(draw_part, pictures, batch, lambda: beats.append(len(passes)))
+    assert beats == list(range(1, len(passes) + 1))
     return passes, images
 
 

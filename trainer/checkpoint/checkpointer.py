@@ -1,5 +1,6 @@
 """Saves and loads the sharded state of a run: asynchronous, atomic, verified; for any engine and world size."""
 
+import concurrent.futures
 import logging
 import threading
 import warnings
@@ -31,6 +32,7 @@ from trainer.checkpoint.storage import VerifiedReader, VerifiedWriter, remove_ch
 from trainer.engines.base import Shard
 
 log = logging.getLogger(__name__)
+_POLL_S = 1.0
 T = TypeVar("T")
 
 # One process without torch.distributed is an ordinary case here, not a mistake to warn of.
@@ -78,9 +80,9 @@ class CheckpointPolicy:
             return True
         return self.keep_every is not None and step % self.keep_every == 0
 
-    def build(self, folder: str | Path) -> "Checkpointer":
-        """The checkpoints of a run; collective."""
-        return Checkpointer(folder, self)
+    def build(self, folder: str | Path, alive: Callable[[], None] = lambda: None) -> "Checkpointer":
+        """The checkpoints of a run; collective. See `Checkpointer`."""
+        return Checkpointer(folder, self, alive)
 
 
 class Checkpointer:
@@ -89,11 +91,16 @@ class Checkpointer:
     Args:
         folder: `<run>/checkpoints`, on storage that all ranks see.
         policy: what to keep, and whether to write in the background.
+        alive: called while `wait` waits for a save that makes progress on any rank, which its folder shows; and after
+            each checkpoint that `latest` has read.
     """
 
-    def __init__(self, folder: str | Path, policy: CheckpointPolicy | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, policy: CheckpointPolicy | None = None, alive: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder = Path(folder)
         self.policy = policy or CheckpointPolicy()
+        self._alive = alive
         # The background thread needs collectives that cannot meet those of training: a group of its own, on CPU.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._rank = dist.get_rank() if self._group else 0
@@ -102,6 +109,7 @@ class Checkpointer:
         self._assignment: Assignment | None = None
         self._buffers: dict[MetadataIndex, Tensor] = {}
         self._pending: Future[None] | None = None
+        self._newest: Path | None = None
 
     def save(self, record: Record, shards: Iterable[Shard]) -> Path:
         """Copy the state to CPU memory, and write it to `step_<record.step>` (in the background, if asynchronous).
@@ -117,6 +125,7 @@ class Checkpointer:
         self.wait()
         self._snapshot(list(shards))
         path = files.step_folder(self.folder, record.step)
+        self._newest = path
         self._pending = _in_background(lambda: self._write(path, record))
         if not self.policy.asynchronous:
             self.wait()
@@ -130,6 +139,12 @@ class Checkpointer:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
+            assert self._newest is not None
+            seen = 0
+            while not concurrent.futures.wait([pending], _POLL_S).done:
+                if (written := files.bytes_in(self._newest)) != seen:
+                    seen = written
+                    self._alive()
             pending.result()
 
     def latest(self) -> Found:
@@ -138,6 +153,7 @@ class Checkpointer:
         refused: list[str] = []
         for path in self._candidates():
             problem = self._problem_of(path)
+            self._alive()
             if problem is None:
                 return Found(path, refused)
             refused.append(problem)

@@ -92,6 +92,14 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def bytes_in(path: Path) -> int:
+    """Of a directory's files as they are now; others may write and remove them meanwhile."""
+    try:
+        return sum(file.stat().st_size for file in path.iterdir())
+    except FileNotFoundError:
+        return 0
+
+
 def is_committed(path: Path) -> bool:
     """Whether the directory was committed; says nothing of damage since."""
     return (path / COMMIT_FILE).is_file()

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from tests.trainer.checkpoint.layouts import random_cut, shards_of, wrong
 from tests.trainer.ranks import Ranks, ranks
-from trainer.checkpoint import Checkpointer, CheckpointError, CheckpointPolicy, Record, load_weights
+from trainer.checkpoint import Checkpointer, CheckpointError, CheckpointPolicy, Record, load_weights, storage
+from trainer.checkpoint import checkpointer as checkpointer_module
 from trainer.checkpoint import format as files
 
 SHAPES = {"net.a": (512, 300), "exp_avg/net.a": (512, 300), "ema.0.99/net.a": (512, 300), "net.b": (7,)}
@@ -153,6 +154,48 @@ def test_the_state_may_change_while_it_is_written(tmp_path):
         shard.tensor.fill_(7)
     checkpointer.wait()
     assert load_latest(tmp_path)[0] == 10
+
+
+def test_a_save_that_gets_on_counts_as_alive_and_one_that_is_stuck_does_not(tmp_path, monkeypatch):
+    """Each write waits for leave, which a sign of life gives to the next."""
+    leave, looked, beats = threading.Semaphore(5), threading.Semaphore(0), []
+    write, bytes_in = storage._Sink.write, files.bytes_in
+
+    def write_with_leave(sink, data):
+        leave.acquire()
+        written = write(sink, data)
+        sink._file.flush()
+        return written
+
+    def look(path):
+        looked.release()
+        return bytes_in(path)
+
+    def alive():
+        beats.append(time.monotonic())
+        leave.release()
+
+    monkeypatch.setattr(storage._Sink, "write", write_with_leave)
+    monkeypatch.setattr(files, "bytes_in", look)
+    monkeypatch.setattr(checkpointer_module, "_POLL_S", 0.01)
+    checkpointer = Checkpointer(tmp_path, KEEP_ALL, alive)
+    checkpointer.save(Record(step=10), state(10))
+    checkpointer.wait()
+    assert len(beats) > 10
+    assert load_latest(tmp_path)[0] == 10
+
+    stuck = Checkpointer(tmp_path, KEEP_ALL, lambda: beats.append(0.0))
+    while leave.acquire(blocking=False):
+        pass
+    beats.clear()
+    stuck.save(Record(step=20), state(20))
+    waiting = threading.Thread(target=stuck.wait)
+    waiting.start()
+    for _ in range(20):
+        looked.acquire()
+    assert beats == []
+    leave.release(10_000)
+    waiting.join()
 
 
 def test_pruning_keeps_the_last_and_every_nth(tmp_path):
