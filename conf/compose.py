@@ -35,7 +35,8 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
     In this order, later ones above earlier ones: the choices of groups, the experiment's values, the scale's, the
     command line's. What an experiment sets in a group falls away where the command line or the scale chooses a class
     that does not take it. `shrink` (set by `scale=tiny`) maps class names to values: every node built from that class
-    takes them, below what the command line says. Interpolations are resolved.
+    takes them, below what the command line says, but where it has null: there is no such part. `items` keeps those of a
+    list. Interpolations are resolved.
 
     Args:
         missing: what becomes of keys that must be given and are not.
@@ -219,6 +220,10 @@ def _shrink(config: DictConfig, shrink: dict[str, dict]) -> None:
     for _, node in nodes(config):
         values = shrink.get(node.get("_target_", ""))
         for key, value in (values or {}).items():
+            if key in node and node._get_node(key)._is_none():  # type: ignore[union-attr]
+                continue
+            if isinstance(value, dict) and value.keys() == {"items"}:
+                value = [node[key][i] for i in value["items"]]
             OmegaConf.update(node, key, value, merge=False, force_add=True)
 
 

@@ -45,7 +45,7 @@ class AutoencoderKL(nn.Module):
         mid_block_add_attention: the attention at the coarsest level.
     """
 
-    diffusers_class: ClassVar[str] = "AutoencoderKL"
+    diffusers_class: str = "AutoencoderKL"
     block_lists: ClassVar[tuple[str, ...]] = ("encoder.down_blocks", "decoder.up_blocks")
     own_config: ClassVar[dict[str, Any]] = {}
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.embeddings import VectorEmbedding, sinusoid
 from models.positions import LearnedPositionTable, PositionTable, position_table
 
 TIME_CHANNELS = 256
@@ -52,7 +53,7 @@ class MMDiT(nn.Module):
             heads' channels rather than their root.
     """
 
-    diffusers_class: ClassVar[str] = "SD3Transformer2DModel"
+    diffusers_class: str = "SD3Transformer2DModel"
     # Attributes that are lists of blocks, which engines shard, compile and checkpoint one by one.
     block_lists: ClassVar[tuple[str, ...]] = ("blocks",)
     # Configuration that diffusers' class does not have: left out of its config.json where it says nothing.
@@ -154,14 +155,12 @@ class MMDiT(nn.Module):
         Raises:
             ValueError: the latents do not divide into patches or exceed the table; half-precision timesteps.
         """
-        if timestep.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(f"timesteps came as {timestep.dtype}, too coarse for 1000 levels: keep them in float32")
         dtype = self.text_embedding.weight.dtype
         rows, columns = self.grid(*x.shape[-2:])
 
         image = self.patch_embedding(x.to(dtype)) + self.positions(rows, columns).to(dtype)
         text = self.text_embedding(context.to(dtype))
-        vector = self.time_embedding(sinusoid(timestep)) + self.pooled_embedding(pooled)
+        vector = self.time_embedding(sinusoid(timestep, TIME_CHANNELS)) + self.pooled_embedding(pooled)
         vector = F.silu(vector).to(dtype)  # every modulation begins with this SiLU
 
         for block in self.blocks:
@@ -243,6 +242,10 @@ class MMDiT(nn.Module):
             return axis
         parts = [read(part) for part in _diffusers_names(name)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def condition_keys(self, context_dim: int, pooled_dim: int) -> dict[str, int]:
+        """Keys of the configuration that follow from what the conditioner gives, with the values that they need."""
+        return {"joint_attention_dim": context_dim, "pooled_projection_dim": pooled_dim}
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of latents of H x W.
@@ -381,27 +384,6 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
-class VectorEmbedding(nn.Module):
-    """Two layers from a vector to the width, in float32 whatever type the parameters have."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.up = Float32Linear(channels, width)
-        self.down = Float32Linear(width, width)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        """(n, channels) to (n, D) float32."""
-        return self.down(F.silu(self.up(vector)))
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 from parameters of any type."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features) float32."""
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
-
-
 class PatchEmbedding(nn.Conv2d):
     """A convolution whose stride is its kernel, computed as what it is: one matrix product over patches."""
 
@@ -414,14 +396,6 @@ class PatchEmbedding(nn.Conv2d):
         p = self.kernel_size[0]
         patches = x.view(n, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.reshape(n, -1, channels * p * p), self.weight.flatten(1), self.bias)
-
-
-def sinusoid(timestep: Tensor) -> Tensor:
-    """Timesteps (n,) to TIME_CHANNELS cosines and sines (n, channels), float32, as in DDPM (arXiv 2006.11239)."""
-    half = TIME_CHANNELS // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=timestep.device, dtype=torch.float32))
-    angles = timestep.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def normalize(x: Tensor) -> Tensor:

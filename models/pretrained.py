@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from models.autoencoder import AutoencoderKL
 from models.mmdit import MMDiT
 from models.tensor_files import SHARD_BYTES, Meta, SafetensorsFiles, open_stem, read_json, some, write_json, write_stem
+from models.unet import UNet
 
 CLASSES: dict[str, type[nn.Module]] = {cls.diffusers_class: cls for cls in (MMDiT, AutoencoderKL)}
+CLASSES |= dict.fromkeys(("UNet2DConditionModel", "UNet2DModel"), UNet)
 STEM = "diffusion_pytorch_model"
 # Written where a network did not come from a folder: the release whose layout this is.
 DIFFUSERS_VERSION = "0.42.1"
@@ -30,9 +32,11 @@ class Pretrained(Protocol):
 
     `config` holds the counterpart's configuration: our constructor's arguments, what of it is fixed here, and any
     further keys that came with a folder. `own_config` are our arguments that it lacks, with the value that it acts by.
+    Where an argument means another number there, `diffusers_config()` gives its configuration of ours and the class's
+    `arguments(config)` ours of its.
     """
 
-    diffusers_class: ClassVar[str]
+    diffusers_class: str
     own_config: ClassVar[dict[str, Any]]
     config: dict[str, Any]
 
@@ -83,8 +87,10 @@ class ComponentFolder:
         name = self.config.get("_class_name")
         if name not in CLASSES:
             raise ValueError(f"{self.path}: _class_name is {name!r}; implemented are {sorted(CLASSES)}")
-        parameters = inspect.signature(CLASSES[name]).parameters
-        network = CLASSES[name](**{key: value for key, value in self.config.items() if key in parameters})
+        cls = CLASSES[name]
+        parameters = inspect.signature(cls).parameters
+        given = getattr(cls, "arguments", dict)(self.config)
+        network = cls(**{key: value for key, value in given.items() if key in parameters})
         assert isinstance(network, Pretrained)
         for key, fixed in network.config.items():
             if key in self.config and key not in parameters and self.config[key] != fixed:
@@ -127,7 +133,7 @@ class ComponentFolder:
 
 def load(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> MMDiT | AutoencoderKL:
+) -> MMDiT | AutoencoderKL | UNet:
     """The network of a component's folder, such as `stable-diffusion-3-medium-diffusers/transformer`.
 
     Raises:
@@ -138,7 +144,7 @@ def load(
         network = component.build()
     network.to(dtype).to_empty(device=device)
     component.fill(network)
-    assert isinstance(network, MMDiT | AutoencoderKL)
+    assert isinstance(network, MMDiT | AutoencoderKL | UNet)
     return network
 
 
@@ -173,16 +179,17 @@ def save(
     layout = {key: Meta(tensor.dtype, tuple(tensor.shape)) for key, tensor in named(meta)}
     write_stem(path, STEM, layout, named(state), shard_bytes)
 
-    silent = {key for key, value in network.own_config.items() if network.config[key] == value}
+    written: dict[str, Any] = getattr(network, "diffusers_config", lambda: network.config)()
+    silent = {key for key, value in network.own_config.items() if written[key] == value}
     config = {
         "_class_name": network.diffusers_class,
         "_diffusers_version": DIFFUSERS_VERSION,
-        **{key: value for key, value in network.config.items() if key not in silent},
+        **{key: value for key, value in written.items() if key not in silent},
     }
     write_json(path / "config.json", config)
 
 
 def _modern_name(name: str) -> str:
-    """Today's name of a tensor: folders of 2022 call an autoencoder's attention layers otherwise."""
+    """Today's name of a tensor: folders of 2022 call attention among pixels otherwise."""
     today = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda match: today[match[0]], name)
+    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.)", lambda m: m[1] + today[m[2]], name)

@@ -127,8 +127,8 @@ def _check_latents(denoiser: Any, first_stage: Any, buckets: Buckets) -> None:
 
 
 def _check_conditions(denoiser: Any, context_dim: int, pooled_dim: int) -> None:
-    _check(denoiser, "joint_attention_dim", "conditioner", context_dim)
-    _check(denoiser, "pooled_projection_dim", "conditioner", pooled_dim)
+    for key, gives in denoiser.condition_keys(context_dim, pooled_dim).items():
+        _check(denoiser, key, "conditioner", gives)
 
 
 def _check(denoiser: Any, key: str, giver: str, gives: int) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.embeddings import sinusoid
 from models.initialization import initialize
-from models.mmdit import MMDiT, sinusoid
+from models.mmdit import MMDiT
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 

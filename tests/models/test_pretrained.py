@@ -14,6 +14,7 @@ from models.initialization import initialize
 from models.mmdit import MMDiT
 from models.pretrained import STEM, load, save
 from models.tensor_files import index_file
+from models.unet import UNet
 
 MMDIT = {
     "sample_size": 8,
@@ -37,9 +38,27 @@ AUTOENCODER = {
     "shift_factor": 0.0609,
     "sample_size": 64,
 }
+UNET = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 12,
+    "attention_head_dim": (2, 4),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+UNCONDITIONAL_UNET = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
 THEIRS = {
     "mmdit": lambda: diffusers.SD3Transformer2DModel(**MMDIT),
     "autoencoder": lambda: diffusers.AutoencoderKL(**AUTOENCODER),
+    "unet": lambda: diffusers.UNet2DConditionModel(**UNET),
+    "unconditional unet": lambda: diffusers.UNet2DModel(**UNCONDITIONAL_UNET),
 }
 both = pytest.mark.parametrize("kind", THEIRS)
 
@@ -120,8 +139,24 @@ def test_any_grid_of_the_files_own_positions_is_kept(tmp_path):
     assert torch.equal(load(tmp_path).positions(2, 5), theirs.pos_embed.cropped_pos_embed(4, 10)[0])
 
 
-def test_the_names_of_2022_are_understood(tmp_path):
-    theirs = THEIRS["autoencoder"]()
+def test_channels_beside_the_latents_count_as_input_channels_in_diffusers(tmp_path):
+    ours = initialize(UNet(**UNET, in_channels=3, concat_channels=2), seed=0)
+    save(ours, tmp_path)
+    assert diffusers.UNet2DConditionModel.from_pretrained(tmp_path).config.in_channels == 5
+    again = load(tmp_path)
+    assert again.config["in_channels"] == 3 and again.config["concat_channels"] == 2
+    assert_same_tensors(again.state_dict(), ours.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "old_name"),
+    [
+        ("autoencoder", "encoder.mid_block.attentions.0.proj_attn.weight"),
+        ("unconditional unet", "down_blocks.1.attentions.1.query.bias"),
+    ],
+)
+def test_the_names_of_2022_are_understood(kind, old_name, tmp_path):
+    theirs = THEIRS[kind]()
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -130,10 +165,12 @@ def test_the_names_of_2022_are_understood(tmp_path):
         for new, former in old.items():
             name = name.replace(f".{new}.", f".{former}.")
         tensors[name] = tensor
-    assert "encoder.mid_block.attentions.0.proj_attn.weight" in tensors
+    assert old_name in tensors
     save_file(tensors, file)
-    assert_same_tensors(load(tmp_path).state_dict(), theirs.state_dict())
-    assert_same_tensors(diffusers.AutoencoderKL.from_pretrained(tmp_path).state_dict(), theirs.state_dict())
+    ours = load(tmp_path)
+    named = {k: v for name, t in ours.state_dict().items() for k, v in ours.to_diffusers(name, t).items()}
+    assert_same_tensors(named, theirs.state_dict())
+    assert_same_tensors(type(theirs).from_pretrained(tmp_path).state_dict(), theirs.state_dict())
 
 
 def edit_tensors(folder, change) -> None:
