@@ -23,10 +23,24 @@ from data.curation.passes import score_batch
 from data.curation.report import make_report
 from data.index import ensure_indexed
 from data.manifest import Manifest
-from data.scores import Recipe, Scored, ScoreError, as_json, error_counts, failures, read_scored, write_scores
+from data.media_size import media_member
+from data.parquet import open_parquet
+from data.scan import check_columns
+from data.scores import (
+    Recipe,
+    Scored,
+    ScoreError,
+    as_json,
+    error_counts,
+    failures,
+    read_scored,
+    score_columns,
+    write_scores,
+)
 from data.store import Store, redact, remove_leftovers
 from data.tasks import Task, Tasks, run_tasks
 from data.tracking import LogConfig, RunLog, job_log
+from data.where import Where
 
 _FAILURES_SHOWN = 20
 
@@ -114,13 +128,17 @@ def run(config: Config) -> None:
         if not filters and not config.report:
             raise ConfigError("no filters and no report: choose some with filter=[sharpness,...]")
         store = build(config.store)
-        if config.report and not store.writable(f"{config.report}/index.html"):
+        if config.report and not store.writable(f"{config.report}/index.html", attempt=True):
             raise ConfigError(
                 f"report={redact(config.report)} cannot be written: name a folder, or one of an object store"
             )
+        clause = Where(config.funnel.where) if config.report and config.funnel.where is not None else None
         manifests = ensure_indexed(store.expand(patterns), store, config.manifest_folder)
         if config.manifest == "clips":
             manifests = ensure_clips(manifests, store)
+        if clause is not None:  # a mistake in it is to be told now, not when all is scored
+            schemas = [*score_columns(manifests[0].url, store).values(), *(f.columns for f in filters)]
+            check_columns(manifests, store, clause, {c for schema in schemas for c in schema.names})
     with job_log(config, tasks.part) as log:
         scored = curate(manifests, filters, store, settings, tasks, log)
         _log_tables(log, manifests, scored)
@@ -159,13 +177,14 @@ def curate(
         By filter, what there is for each shard: None only where that is another task's.
 
     Raises:
-        ConfigError: filters that do not go together, or lack a column that one of them needs.
+        ConfigError: filters that do not go together, lack a column that one of them needs, or see no sample.
         ValueError: a filter failed on too many samples of a shard.
         StoreError: the store fails.
         ChildProcessError: a task's process was killed.
     """
     settings, tasks = settings or Settings(), tasks or Tasks()
     _check(filters)
+    _check_media(manifests, filters, store)
     for folder in sorted({m.url.rpartition("/")[0] for m in manifests}):
         remove_leftovers(folder)
     local = [f for f in filters if isinstance(f, Filter)]
@@ -194,6 +213,19 @@ def _check(filters: Sequence[Filter | GlobalFilter]) -> None:
     for what, counts in (("filters have the name", names), ("filters write the column", columns)):
         if twice := [name for name, count in counts.items() if count > 1]:
             raise ConfigError(f"two {what} {twice[0]!r}")
+
+
+def _check_media(manifests: Sequence[Manifest], filters: Sequence[Filter | GlobalFilter], store: Store) -> None:
+    of_videos = [f.name for f in filters if isinstance(f, Filter) and f.kinds == {"video"}]
+    if not of_videos or not any(manifest.rows for manifest in manifests):
+        return
+    for manifest in manifests:
+        with open_parquet(manifest.url, store) as file:
+            extensions = file.read(columns=["extensions"], use_threads=False)["extensions"].to_pylist()
+        if any(member is not None and member[1] == "video" for member in map(media_member, extensions)):
+            return
+    first = redact(manifests[0].shard)
+    raise ConfigError(f"the filter {of_videos[0]!r} scores videos, and no sample has one (the first shard is {first})")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from data.manifest import parse_told
 from data.parquet import ROW_GROUP, open_parquet, told_by
-from data.scores import open_scores, score_names
+from data.scores import open_scores, score_columns
 from data.store import Store, redact
 
 OPEN_MANIFESTS = 64
@@ -78,8 +78,8 @@ class ManifestReader:
         """The filter with a column of this name, as the first shard asked for tells."""
         if column not in self._filter_of:
             self._filter_of[column] = None
-            for name in score_names(self.manifests[shard], self.store):
-                if column in self._file(shard, name).schema_arrow.names:
+            for name, schema in score_columns(self.manifests[shard], self.store).items():
+                if column in schema.names:
                     self._filter_of[column] = name
         return self._filter_of[column]
 

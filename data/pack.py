@@ -28,7 +28,7 @@ from data.packing.pictures import Format, Pictures
 from data.packing.samples import Contents, Packed, Part, Row, check_columns, fetch, pack
 from data.packing.shards import Report, read_report, write_shard
 from data.parquet import open_parquet
-from data.scores import open_scores, read_scored, score_names
+from data.scores import open_scores, read_scored, score_columns
 from data.selection import Selection
 from data.store import Store, protocol_of, redact, remove_leftovers
 from data.tars import TarData
@@ -378,13 +378,14 @@ def _find_columns(data: TarData, columns: set[str]) -> tuple[dict[str, pa.DataTy
             for column, kind in own.items():
                 kinds[column].add(kind)
             missing -= own.keys()
-        for filter_name in score_names(manifests[0].url, data.store) if missing else ():
-            with open_scores(manifests[0], filter_name, data.store) as file:
-                scored = {f.name: f.type for f in file.schema_arrow if f.name in missing}
+        for filter_name, schema in score_columns(manifests[0].url, data.store).items() if missing else ():
+            scored = {f.name: f.type for f in schema if f.name in missing}
             for column, kind in scored.items():
                 kinds[column].add(kind)
                 for manifest in manifests:
                     found = read_scored(manifest, filter_name, data.store)
+                    if found is None:
+                        open_scores(manifest, filter_name, data.store).close()  # says what is wrong with them
                     told = found.content if found is not None else "none"
                     hashes.setdefault(column, xxhash.xxh3_128()).update(told.encode())
             missing -= scored.keys()

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from data.manifest import STRUCTURE, Manifest
 from data.parquet import open_parquet
-from data.scores import open_scores, score_names
+from data.scores import open_scores, score_columns
 from data.store import Store
 from data.where import Where, WhereError, first_line
 
@@ -26,7 +26,17 @@ VALUES_HELD = 1 << 26
 
 
 class Scan:
-    """Reads the columns that a clause needs from manifests and score files, in order and in bounded memory."""
+    """Reads the columns that a clause needs from manifests and score files, in order and in bounded memory.
+
+    Args:
+        manifests: of the shards.
+        store: where they lie.
+        clause: the clause, if any.
+
+    Raises:
+        WhereError: a column that it needs is nowhere.
+        StoreError: the store fails.
+    """
 
     def __init__(self, manifests: Sequence[Manifest], store: Store, clause: Where | None) -> None:
         self.manifests, self.store = manifests, store
@@ -34,27 +44,14 @@ class Scan:
         self._score_columns: dict[str, set[str]] = {}
         self._spelling: dict[str, str] = {}
         wanted = set(clause.columns) if clause is not None else set()
-        if wanted - STRUCTURE.keys():
-            self._find(wanted, clause)
-
-    def _find(self, wanted: set[str], clause: Where | None) -> None:
-        """Which filters' score files hold the wanted columns; raises if a column is nowhere."""
-        assert clause is not None
-        available = set(STRUCTURE)
-        for name in score_names(self.manifests[0].url, self.store):
-            with open_scores(self.manifests[0], name, self.store) as file:
-                columns = set(file.schema_arrow.names)
-            used = {c for c in columns if c.lower() in wanted}
-            if used:
+        if clause is None or not wanted - STRUCTURE.keys():
+            return
+        scored = score_columns(manifests[0].url, store)
+        for name, schema in scored.items():
+            if used := {c for c in schema.names if c.lower() in wanted}:
                 self.filters.append(name)
                 self._score_columns[name] = used
-            available |= columns
-        for manifest in self.manifests:  # a field may occur in some shards only
-            if {c.lower() for c in available} >= wanted:
-                break
-            with open_parquet(manifest.url, self.store) as file:
-                available |= set(file.schema_arrow.names)
-        clause.check_columns(available)
+        check_columns(manifests, store, clause, {c for schema in scored.values() for c in schema.names})
 
     def chunks(self, columns: set[str]) -> Iterator[pa.Table]:
         """Tables of about CHUNK_ROWS rows with the columns, and `shard` and `row`, in order."""
@@ -96,6 +93,17 @@ class Scan:
             raise ValueError(
                 f"a column of the where clause has different types in different shards: {error}"
             ) from error
+
+
+def check_columns(manifests: Sequence[Manifest], store: Store, clause: Where, scored: Collection[str]) -> None:
+    """Raise WhereError for the first column of the clause that is neither in a manifest nor one of those scored."""
+    available = {*STRUCTURE, *scored}
+    for manifest in manifests:  # a field may occur in some shards only
+        if {c.lower() for c in available} >= set(clause.columns):
+            break
+        with open_parquet(manifest.url, store) as file:
+            available |= set(file.schema_arrow.names)
+    clause.check_columns(available)
 
 
 def _nan_to_null(table: pa.Table) -> pa.Table:

@@ -135,6 +135,19 @@ def score_names(manifest: str, store: Store) -> list[str]:
     return sorted(name for name in names if name != "manifest" and "." not in name)
 
 
+def score_columns(manifest: str, store: Store) -> dict[str, pa.Schema]:
+    """The columns of the score files beside a manifest, by filter, whatever state of the shard they were made for;
+    damaged files count as none."""
+    schemas: dict[str, pa.Schema] = {}
+    for name in score_names(manifest, store):
+        try:
+            with open_parquet(score_url(manifest, name), store) as file:
+                schemas[name] = file.schema_arrow
+        except pa.ArrowInvalid:
+            continue
+    return schemas
+
+
 def write_scores(
     manifest: Manifest,
     name: str,

@@ -285,9 +285,22 @@ class Store:
         finally:
             path.unlink(missing_ok=True)
 
-    def writable(self, url: str) -> bool:
-        """Whether files can be put beside this one, there or to be. Object stores are taken to be; the web is not."""
+    def writable(self, url: str, attempt: bool = False) -> bool:
+        """Whether files can be put beside this one, there or to be. Object stores are taken to be; the web is not.
+
+        Args:
+            url: of the file.
+            attempt: make the local folder and a file in it, instead of asking for permissions, which do not tell all.
+        """
         protocol = protocol_of(url)
+        if protocol == "file" and attempt:
+            try:
+                folder = local_path(url).absolute().parent
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    return True
+            except OSError:
+                return False
         if protocol == "file":
             folder = next(parent for parent in local_path(url).absolute().parents if parent.exists())
             return os.access(folder, os.W_OK)

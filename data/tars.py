@@ -24,7 +24,7 @@ from data.mixing import Mixture
 from data.parquet import open_parquet
 from data.plan import Plan, PlanSource
 from data.reader import ReaderSource, SliceReader
-from data.scores import open_scores, score_names
+from data.scores import open_scores, score_columns
 from data.selection import NothingSelectedError, Selection, Split, select
 from data.store import Store, cache_root
 
@@ -245,9 +245,10 @@ class TarData:
             with open_parquet(manifest.url, self.store) as file:
                 seen.update(file.schema_arrow.names)
             missing = missing - seen
-        for filter_name in score_names(manifests[0].url, self.store) if missing else []:
-            with open_scores(manifests[0], filter_name, self.store) as file:
-                seen.update(file.schema_arrow.names)
+        for filter_name, schema in score_columns(manifests[0].url, self.store).items() if missing else ():
+            seen.update(schema.names)
+            if missing & set(schema.names):
+                open_scores(manifests[0], filter_name, self.store).close()  # are they of the shard as it is now?
         missing = missing - seen
         if missing:
             what = "caption column" if min(missing) in captions else "column for a field,"

@@ -12,6 +12,8 @@ from typing import Any
 
 import duckdb
 
+from data.curation.columns import WRITTEN_BY
+
 _ORDERINGS = (
     "COMPARE_LESSTHAN",
     "COMPARE_LESSTHANOREQUALTO",
@@ -76,11 +78,9 @@ class Where:
         lower = {name.lower() for name in names}
         for column in self.columns:
             if column not in lower:
-                near = difflib.get_close_matches(column, names, n=1, cutoff=0.6)
-                hint = f"did you mean {near[0]!r}? " if near else ""
                 raise WhereError(
-                    f"where={self.text!r}: there is no column {column!r}; {hint}there are: {', '.join(names)}; "
-                    "`millrace curate` writes columns of scores"
+                    f"where={self.text!r}: there is no column {column!r}; {_hint(column, names)}there are: "
+                    f"{', '.join(names)}; `millrace curate` writes columns of scores"
                 )
 
     def conjuncts(self) -> list["Where"]:
@@ -192,6 +192,17 @@ class Where:
         row = self._database.execute("SELECT json_deserialize_sql(?::JSON)", [json.dumps(statement)]).fetchone()
         assert row is not None
         return row[0].removeprefix("SELECT ")
+
+
+def _hint(column: str, names: list[str]) -> str:
+    """What may have been meant, of the columns there are and those that filters write; or which filter writes it."""
+    if column in WRITTEN_BY:
+        return f"`millrace curate filter={WRITTEN_BY[column]}` writes it; "
+    near = difflib.get_close_matches(column, {*names, *WRITTEN_BY}, n=1, cutoff=0.6)
+    if not near:
+        return ""
+    filter_of = "" if near[0] in names else f", which `millrace curate filter={WRITTEN_BY[near[0]]}` writes"
+    return f"did you mean {near[0]!r}{filter_of}? "
 
 
 def first_line(error: Exception) -> str:

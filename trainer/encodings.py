@@ -171,5 +171,8 @@ def with_moments(first_stage: nn.Module) -> KLFirstStage:
     """
     if not isinstance(first_stage, KLFirstStage):
         kind = type(first_stage).__name__
-        raise ConfigError(f"first_stage: {kind} has no latents to keep; take another, or set encode.latents=false.")
+        raise ConfigError(
+            f"first_stage: {kind} has no latents to keep; take another (first_stage=kl_tiny for a trial), or set"
+            " encode.latents=false."
+        )
     return first_stage

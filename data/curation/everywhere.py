@@ -10,7 +10,7 @@ from conf.errors import ConfigError
 from data.curation.base import GlobalFilter
 from data.manifest import Manifest
 from data.parquet import open_parquet
-from data.scores import Recipe, as_json, open_scores, read_scored, score_names, write_scores
+from data.scores import Recipe, as_json, open_scores, read_scored, score_columns, write_scores
 from data.store import Store, redact
 from data.tracking import RunLog
 
@@ -78,11 +78,8 @@ def _providers(one: GlobalFilter, manifests: Sequence[Manifest], store: Store) -
         with open_parquet(manifest.url, store) as file:
             own.update(file.schema_arrow.names)
     filters: dict[str, str] = {}
-    for name in score_names(manifests[0].url, store):
-        with open_scores(manifests[0], name, store) as file:
-            filters |= {
-                c: name for c in file.schema_arrow.names if c in one.needs and c not in own and name != one.name
-            }
+    for name, schema in score_columns(manifests[0].url, store).items():
+        filters |= {c: name for c in schema.names if c in one.needs and c not in own and name != one.name}
     if missing := sorted(set(one.needs) - own - filters.keys()):
         raise ConfigError(
             f"the filter {one.name!r} needs the column {missing[0]!r}, which neither {redact(manifests[0].url)} nor a "

@@ -9,7 +9,16 @@ import pytest
 from shard_files import sample, write_shard
 
 from data.index import ensure_indexed
-from data.scores import ERRORS_KEPT, Recipe, ScoreError, read_scored, score_names, score_url, write_scores
+from data.scores import (
+    ERRORS_KEPT,
+    Recipe,
+    ScoreError,
+    read_scored,
+    score_columns,
+    score_names,
+    score_url,
+    write_scores,
+)
 from data.store import Store
 
 
@@ -45,9 +54,9 @@ def test_equal_scores_have_equal_content_whatever_made_them(shard):
 def test_scores_of_another_state_of_the_shard_or_damaged_ones_count_as_none(shard):
     manifest, store = shard
     write_scores(manifest, "m", pa.table({"m": [1, 2, 3]}), store)
-    assert read_scored(manifest, "m", store) is not None
+    assert read_scored(manifest, "m", store) is not None and score_columns(manifest.url, store)["m"].names == ["m"]
     for other in (replace(manifest, identity="9:9"), replace(manifest, digest="0")):
         assert read_scored(other, "m", store) is None
     path = Path(score_url(manifest.url, "m"))
     path.write_bytes(path.read_bytes()[:-20])
-    assert read_scored(manifest, "m", store) is None
+    assert read_scored(manifest, "m", store) is None and score_columns(manifest.url, store) == {}

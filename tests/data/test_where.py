@@ -68,3 +68,15 @@ def test_files_cannot_be_read():
     database = duckdb.connect(config={"enable_external_access": "false"})
     with pytest.raises(duckdb.Error):
         database.execute(f"SELECT 1 FROM (SELECT 'y' AS caption) WHERE {sql}").fetchall()
+
+
+def test_a_column_that_a_filter_writes_is_told_by_the_filter():
+    there = ["caption", "height", "sharpness", "width"]
+    with pytest.raises(WhereError, match="no column 'motion'; `millrace curate filter=motion` writes it; there are"):
+        Where("motion > 1").check_columns(there)
+    with pytest.raises(WhereError, match="did you mean 'clip_aesthetic', which `millrace curate filter=aesthetic`"):
+        Where("clip_aestetic > 1").check_columns(there)
+    with pytest.raises(WhereError, match=r"did you mean 'sharpness'\? there are"):
+        Where("sharpnes > 1").check_columns(there)
+    with pytest.raises(WhereError, match="no column 'xyz'; there are"):
+        Where("xyz > 1").check_columns(there)

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from shard_files import picture, write_tar
 
+import conf
 from conf.compose import compose
 from conf.schema import build, check
 from data.curate import Config, Settings, curate
+from data.curation.columns import COLUMNS
 from data.curation.sharpness import Sharpness
 from data.decode import decode_image
 from data.index import ensure_indexed
@@ -156,3 +158,35 @@ def test_the_filters_of_pictures_can_be_chosen_and_have_names_and_columns_of_the
     columns = [column for one in filters for column in one.columns.names]
     assert len({one.name for one in filters}) == len(filters) and len(set(columns)) == len(columns)
     assert all(json.loads(json.dumps(one.settings())) == one.settings() for one in filters)
+
+
+def test_the_columns_that_messages_name_are_those_that_the_filters_write():
+    choices = {path.stem for path in (Path(conf.__file__).parent / "filter").glob("*.yaml")} - {"images"}
+    assert choices == COLUMNS.keys()
+    heads = ("aesthetic", "nsfw", "watermark")
+    for name, columns in COLUMNS.items():
+        more = [f"filter.{name}.head.path=x"] if name in heads else []
+        node = compose("curate", ["shards=x", f"filter={name}", *more]).filter[name]
+        if name == "clip":  # what follows cannot be built without a model
+            assert columns == (f"{node.name}_embedding", f"{node.name}_similarity")
+        elif "column" in node:
+            assert columns == (node.column,)
+        else:
+            assert columns == tuple(build(node).columns.names)
+
+
+def test_what_would_fail_in_the_end_is_refused_before_the_work(tmp_path):
+    write_shards(tmp_path / "shards")
+    command = [f"shards={tmp_path / 'shards'}", "max_errors=0.2", "filter=[sharpness]"]
+    (tmp_path / "file").write_text("")
+    for folder in (f"{tmp_path}/file", "/proc/report"):  # whose superuser may write everywhere, as permissions have it
+        done = job(*command, f"report={folder}")
+        assert done.returncode == 2 and f"report={folder} cannot be written" in done.stderr
+    for clause, words in (("sharpnes > 3", "did you mean 'sharpness'?"), ("sharpness >", "not one SQL condition")):
+        done = job(*command, f"report={tmp_path / 'report'}", f"funnel.where={clause}")
+        assert done.returncode == 2 and words in done.stderr
+    done = job(f"shards={tmp_path / 'shards'}", "filter=[sharpness,motion]")
+    assert done.returncode == 2 and "the filter 'motion' scores videos, and no sample has one" in done.stderr
+    assert not scores_of(tmp_path / "shards")
+    done = job(*command, f"report={tmp_path / 'report'}", "funnel.where=sharpness > quantile(0.5)")
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from drawn import encoded, natural
 from moto.server import ThreadedMotoServer
 from PIL import Image, ImageDraw
@@ -117,13 +118,14 @@ def test_groups_are_shown_with_their_keys_and_the_best_first(tmp_path, monkeypat
     assert lines[0].startswith("...aaaaa") and lines[0].endswith("a1")
 
 
-def test_filters_that_some_shards_lack_are_told_and_keep_no_others_from_the_page(tmp_path):
+@pytest.mark.parametrize("changed", [0, 1])
+def test_filters_that_some_shards_lack_are_told_and_keep_no_others_from_the_page(tmp_path, changed):
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", [(f"{shard}.png", encoded(natural(shard, 40, 40)))])
     store = Store()
     manifests = ensure_indexed(store.expand(str(tmp_path)), store)
     curate(manifests, [ContentHash(), Duplicates(distance=None)], store)
-    write_tar(tmp_path / "1.tar", [("new.png", encoded(natural(5, 40, 40)))])
+    write_tar(tmp_path / f"{changed}.tar", [("new.png", encoded(natural(5, 40, 40)))])
     manifests = ensure_indexed(store.expand(str(tmp_path)), store)
     curate(manifests, [Blank()], store)
     page = make_report(manifests, store, "contrast > 1").write(str(tmp_path / "report"), store)
