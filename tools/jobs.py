@@ -49,11 +49,11 @@ def _row(job: Job, runs: Path, known: Mapping[str, Entry]) -> tuple[str, ...]:
         state = ", ".join(f"{count} {word}" for word, count in counts.most_common())
         return name, job.id, str(starts), "", "", "", "", state
     row = last_row(job.folder) if job.row["kind"] == "train" else {}
-    return name, job.id, str(starts), *_progress(job, row), states[0]
+    return name, job.id, str(starts), *_progress(job, row, _goes_on(known.get(job.id))), states[0]
 
 
-def _progress(job: Job, row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """Step, loss, the time that is left, and the rank that the others wait for."""
+def _progress(job: Job, row: Mapping[str, Any], goes_on: bool) -> tuple[str, str, str, str]:
+    """Step, loss, the time that is left to a run that goes on, and the rank that the others wait for."""
     if not row:
         return "", "", "", ""
     from omegaconf import OmegaConf
@@ -62,7 +62,7 @@ def _progress(job: Job, row: Mapping[str, Any]) -> tuple[str, str, str, str]:
     seconds = (config.steps - row["step"]) * config.batch / row["samples_per_s"]
     ratio = row.get("slowest_over_median", 1.0)
     slowest = f"rank {row['slowest_rank']} {ratio:.2g}x" if ratio > _STRAGGLES else ""
-    return f"{row['step']}/{config.steps}", f"{row['loss']:.4g}", duration(seconds), slowest
+    return f"{row['step']}/{config.steps}", f"{row['loss']:.4g}", duration(seconds) if goes_on else "", slowest
 
 
 def duration(seconds: float) -> str:

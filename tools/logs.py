@@ -32,7 +32,9 @@ def run(config: Any) -> None:
     for job in jobs:
         for path in _files(job, config.task, config.element or 0):
             print(f"==> {path}")
-            if path.exists():
+            if not path.exists():
+                print("(nothing is written there)")
+            else:
                 lines = path.read_text(errors="replace").splitlines()[-config.lines :]
                 # Of a progress bar, what a terminal would show.
                 print("\n".join(line.rpartition("\r")[2] for line in lines))
