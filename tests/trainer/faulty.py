@@ -101,3 +101,20 @@ class Slow(Diffusion):
         if self.lane is None or batch.draws.places[0][1] == self.lane:
             time.sleep(self.seconds)
         return super().losses(phase, networks, batch)
+
+
+class HeldAt(Diffusion):
+    """Takes no further step than the file `limit` says, so that a run is disturbed where the test wants it.
+
+    Args:
+        limit: the file, with a number of steps.
+    """
+
+    def __init__(self, limit: str, **diffusion: Any):
+        super().__init__(**diffusion)
+        self.limit = Path(limit)
+
+    def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
+        while batch.draws.places[0][0] >= int(self.limit.read_text()):
+            time.sleep(0.01)
+        return super().losses(phase, networks, batch)
