@@ -6,10 +6,11 @@ and of the law, which is computed as a log-sum-exp of its terms, from many start
 The intervals are a parametric bootstrap, for a few seeds of a few sizes are too few to be drawn from with replacement.
 Runs of one size deviate from the law together (the law is not quite true) and each alone (its seed):
 
-    log L_ij = log f(x_i) + u_i + e_ij,    u_i ~ N(0, tau^2),    e_ij ~ N(0, sigma^2).
+    log L_ij = log f(x_i) + u_i + e_ij,    u_i ~ N(0, tau^2),    e_ij ~ N(0, sigma_i^2).
 
-Both variances are estimated from the residuals, of means of sizes with G - p degrees of freedom (G sizes, p parameters)
-and within sizes with n - G. Each replicate first draws variances that might be behind such estimates (scaled inverse
+Seeds tell small runs apart more than large ones, so sigma_i is a power of the size (`seed_noise`), and the fit weighs
+residuals by its inverse. tau is estimated from the residuals of the means of sizes with G - p degrees of freedom (G
+sizes, p parameters). Each replicate first draws deviations that might be behind such estimates (scaled inverse
 chi-squared, which makes the intervals those of Student's t where the law is linear), then losses, and fits anew.
 """
 
@@ -20,6 +21,8 @@ from itertools import product
 import numpy as np
 from scipy.optimize import least_squares
 from scipy.special import logsumexp, softmax
+
+from tools.study.analyses.seed_noise import SeedNoise, seed_noise
 
 # Starts: exponents, and the floor as a share of the lowest loss.
 _EXPONENTS = (0.1, 0.3, 0.6, 1.0)
@@ -54,6 +57,7 @@ class Fit:
         x: (n, K), positive.
         losses: (n,), positive.
         sizes: (n,) int, equal for runs that differ in their seed alone.
+        noise: between seeds.
         huber: see `fit`.
     """
 
@@ -61,12 +65,18 @@ class Fit:
     x: np.ndarray
     losses: np.ndarray
     sizes: np.ndarray
+    noise: SeedNoise
     huber: float
 
     @property
     def residuals(self) -> np.ndarray:
         """(n,), of the logarithms."""
         return np.log(self.losses) - np.log(self.law(self.x))
+
+    def deviations(self) -> np.ndarray:
+        """(sizes,), from the smallest on: standard deviations between seeds, of the logarithm."""
+        z = np.unique(_size(self.x))
+        return self.noise.sigma * self.noise.shape(z)
 
 
 def fit(x: np.ndarray, losses: np.ndarray, sizes: Sequence[int] | np.ndarray, huber: float = 1e-3) -> Fit:
@@ -76,8 +86,8 @@ def fit(x: np.ndarray, losses: np.ndarray, sizes: Sequence[int] | np.ndarray, hu
         x: (n, K), positive: compute, or parameters and samples.
         losses: (n,), positive.
         sizes: (n,), equal for runs that differ in their seed alone.
-        huber: residuals of the logarithm beyond this count linearly; 1e-3 in the paper, where runs have no repeats.
-            Noise of seeds is larger, and a width about that noise wastes less of the data.
+        huber: residuals of the logarithm, at the middle size, count linearly beyond this; 1e-3 in the paper, where runs
+            have no repeats. Noise of seeds is larger, and a width about that noise wastes less of the data.
 
     Raises:
         ValueError: there are fewer different x than parameters.
@@ -88,13 +98,15 @@ def fit(x: np.ndarray, losses: np.ndarray, sizes: Sequence[int] | np.ndarray, hu
         raise ValueError(f"a law of {parameters} parameters cannot be fitted to runs of {different} sizes")
     middle = np.log(x).mean(0)
     z, y = np.log(x) - middle, np.log(losses)
+    noise = seed_noise(y, _size(x), sizes)
+    scale = noise.shape(_size(x))
     starts = []
     for share, *exponents in product(_FLOORS, *[_EXPONENTS] * x.shape[1]):
         floor = share * losses.min()
         factors = np.full(x.shape[1], np.log((np.exp(y.mean()) - floor) / x.shape[1]))
         starts.append(np.concatenate([[np.log(floor)], factors, exponents]))
-    best = min((_minimise(start, z, y, huber) for start in starts), key=lambda found: found.cost)
-    return Fit(_law(best.x, middle), x, losses, sizes, huber)
+    best = min((_minimise(start, z, y, scale, huber) for start in starts), key=lambda found: found.cost)
+    return Fit(_law(best.x, middle), x, losses, sizes, noise, huber)
 
 
 @dataclass(frozen=True)
@@ -103,14 +115,16 @@ class Replicates:
 
     Args:
         laws: one for each replicate.
-        deviations: (replicates,), of a new run of a new size, in the logarithm.
-        sigma: standard deviation between seeds, of the logarithm.
-        tau: standard deviation of sizes about the law, beside that of seeds.
+        noises: between seeds, likewise.
+        taus: (replicates,), standard deviations of sizes about the law.
+        units: (replicates,) standard normal, how far a new run is off in its own deviations.
+        tau: the estimate, beside the noise of seeds.
     """
 
     laws: list[PowerLaw]
-    deviations: np.ndarray
-    sigma: float
+    noises: list[SeedNoise]
+    taus: np.ndarray
+    units: np.ndarray
     tau: float
 
     def exponents(self, level: float) -> np.ndarray:
@@ -128,7 +142,8 @@ class Replicates:
     def run(self, x: np.ndarray, level: float) -> np.ndarray:
         """(2,): the interval in which a single further run at x (K,) ends with so much probability."""
         laws = np.array([law(x[None])[0] for law in self.laws])
-        return _interval(laws * np.exp(self.deviations), level)
+        seeds = np.array([noise.sigma * noise.shape(_size(x[None]))[0] for noise in self.noises])
+        return _interval(laws * np.exp(np.hypot(self.taus, seeds) * self.units), level)
 
 
 def replicate(fitted: Fit, count: int, seed: int = 0) -> Replicates:
@@ -138,42 +153,51 @@ def replicate(fitted: Fit, count: int, seed: int = 0) -> Replicates:
         count: of replicates.
     """
     rng = np.random.default_rng(seed)
-    x, sizes = fitted.x, fitted.sizes
-    groups, index, per_group = np.unique(sizes, return_inverse=True, return_counts=True)
-    n, g, p = len(sizes), len(groups), 1 + 2 * x.shape[1]
-    residuals = fitted.residuals
-    means = np.bincount(index, residuals) / per_group
-    within = ((residuals - means[index]) ** 2).sum()
+    x, noise = fitted.x, fitted.noise
+    groups, index, per_group = np.unique(fitted.sizes, return_inverse=True, return_counts=True)
+    n, p = len(index), 1 + 2 * x.shape[1]
+    scale = noise.shape(_size(x))
+    # How well each size's mean is known, in units of sigma^-2.
+    known = np.bincount(index, scale**-2)
+    means = np.bincount(index, fitted.residuals) / per_group
     # With as many sizes as parameters nothing tells how true the law is: one degree is the least to go on with.
-    of_means, of_seeds = max(1, g - p), n - g
-    between = (means**2).sum() / of_means
-    sigma2 = within / of_seeds if of_seeds else 0.0
-    shares = (1 / per_group).mean()  # of sigma^2 in the variance of a size's mean
-    start, middle = _parameters(fitted.law, np.log(x).mean(0)), np.log(x).mean(0)
-    z, law = np.log(x) - middle, np.log(fitted.law(x))
-    laws, deviations = [], np.empty(count)
+    degrees = max(1, len(groups) - p)
+    between = (known * means**2).sum() / degrees  # estimates sigma^2 + tau^2 mean(known)
+
+    def tau(between: float, sigma: float) -> float:
+        return float(np.sqrt(max(0.0, between - sigma**2) / known.mean()))
+
+    middle = np.log(x).mean(0)
+    start, z, law = _parameters(fitted.law, middle), np.log(x) - middle, np.log(fitted.law(x))
+    laws, noises, taus = [], [], np.empty(count)
     for i in range(count):
-        seeds = sigma2 * of_seeds / rng.chisquare(of_seeds) if of_seeds else 0.0
-        of_sizes = max(0.0, between * of_means / rng.chisquare(of_means) - seeds * shares)
-        noise = np.sqrt(of_sizes) * rng.standard_normal(g)[index] + np.sqrt(seeds) * rng.standard_normal(n)
-        laws.append(_law(_minimise(start, z, law + noise, fitted.huber).x, middle))
-        deviations[i] = np.sqrt(of_sizes + seeds) * rng.standard_normal()
-    return Replicates(laws, deviations, float(np.sqrt(sigma2)), float(np.sqrt(max(0.0, between - sigma2 * shares))))
+        drawn = noise.draw(rng)
+        taus[i] = tau(between * degrees / rng.chisquare(degrees), drawn.sigma)
+        seeds = drawn.sigma * drawn.shape(_size(x)) * rng.standard_normal(n)
+        y = law + taus[i] * rng.standard_normal(len(groups))[index] + seeds
+        laws.append(_law(_minimise(start, z, y, scale, fitted.huber).x, middle))
+        noises.append(drawn)
+    return Replicates(laws, noises, taus, rng.standard_normal(count), tau(between, noise.sigma))
 
 
-def _minimise(start: np.ndarray, z: np.ndarray, y: np.ndarray, huber: float):
-    """theta = (log E, log A, a) of least Huber loss, from one start; A is that at z = 0."""
+def _size(x: np.ndarray) -> np.ndarray:
+    """Log sizes (n,) of x (n, K): what the noise of seeds depends on."""
+    return np.log(x).mean(1)
+
+
+def _minimise(start: np.ndarray, z: np.ndarray, y: np.ndarray, scale: np.ndarray, huber: float):
+    """theta = (log E, log A, a) of least Huber loss of residuals over `scale`, from one start; A is that at z = 0."""
     k = z.shape[1]
 
     def terms(theta: np.ndarray) -> np.ndarray:
         return np.column_stack([np.full(len(z), theta[0]), theta[1 : 1 + k] - theta[1 + k :] * z])
 
     def residuals(theta: np.ndarray) -> np.ndarray:
-        return logsumexp(terms(theta), axis=1) - y
+        return (logsumexp(terms(theta), axis=1) - y) / scale
 
     def jacobian(theta: np.ndarray) -> np.ndarray:
         shares = softmax(terms(theta), axis=1)
-        return np.column_stack([shares, -shares[:, 1:] * z])
+        return np.column_stack([shares, -shares[:, 1:] * z]) / scale[:, None]
 
     tolerances = {"ftol": 1e-10, "xtol": 1e-10, "gtol": 1e-14}
     return least_squares(

@@ -67,7 +67,8 @@ class ScalingLaw:
         for k, name in enumerate(self.of):
             rows.append([f"exponent of {name}", figures(law.exponents[k], 3), _span(exponents[:, k])])
             rows.append([f"factor of {name}", figures(law.factors[k], 3), ""])
-        rows.append(["deviation between seeds", f"{replicates.sigma:.2%}", ""])
+        between = fitted.deviations()
+        rows.append(["deviation between seeds, smallest and largest size", f"{between[0]:.2%}, {between[-1]:.2%}", ""])
         rows.append(["deviation of sizes from the law", f"{replicates.tau:.2%}", ""])
         sheet.table(
             f"{sheet.name}_law", f"The fitted law of {self.loss}.", ["", "value", f"{level:.0%} interval"], rows
@@ -155,7 +156,8 @@ def _law_json(fitted: Fit, replicates: Replicates, level: float) -> dict[str, An
         "exponents": fitted.law.exponents.tolist(),
         "floor_interval": replicates.floor(level).tolist(),
         "exponent_intervals": replicates.exponents(level).T.tolist(),
-        "sigma": replicates.sigma,
+        "sigma": fitted.noise.sigma,
+        "sigma_exponent": fitted.noise.slope,
         "tau": replicates.tau,
         "runs": len(fitted.losses),
     }
