@@ -17,7 +17,7 @@ from tools.plan.fakes import fake_world
 from tools.plan.rehearsal import planned_networks, rehearse_on_fakes
 from tools.plan.zero import zero_buffers, zero_states, zero_traffic
 from trainer.engines import networks as shared
-from trainer.engines.deepspeed import DeepSpeed
+from trainer.engines.deepspeed import DeepSpeed, live_elements
 from trainer.engines.fsdp import FSDP
 from trainer.passes import Passes
 
@@ -116,7 +116,7 @@ def estimate(config: Any, ranks: int) -> Estimate:
                 if isinstance(engine, DeepSpeed):
                     numel = _count(networks[name].parameters())
                     states.update(zero_states(engine, numel, ranks, passes))
-                    held["gathered"] += zero_buffers(engine, numel)
+                    held["gathered"] += zero_buffers(engine, numel, live_elements(networks[name]))
                     traffic.update(zero_traffic(engine, numel, passes))
                 else:
                     states.update(_fsdp_states(networks[name], ranks, replicas))

@@ -40,16 +40,18 @@ def zero_states(config: DeepSpeed, numel: int, ranks: int, passes: int) -> dict[
     }
 
 
-def zero_buffers(config: DeepSpeed, numel: int, overlap: bool = True) -> int:
+def zero_buffers(config: DeepSpeed, numel: int, live: int, overlap: bool = True) -> int:
     """Bytes of the buckets that gradients are reduced through, of the gradients that wait for one to fill, and with
-    stage 3 of gathered weights: all of them, as what a backward pass gathers is freed at its end.
+    stage 3 of gathered weights.
 
     Args:
+        numel: of the network.
+        live: elements that are gathered at once (`live_elements`).
         overlap: whether a bucket fills while another is reduced, as on a GPU.
     """
     width = 2 if config.precision == "bf16" else _FP32
     bucket = min(config.bucket_elements, numel)
-    gathered = numel if config.stage == 3 else 0
+    gathered = min(numel, live) if config.stage == 3 else 0
     return (_FP32 * (2 if overlap else 1) + width) * bucket + width * gathered
 
 

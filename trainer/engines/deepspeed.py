@@ -243,7 +243,7 @@ class _Zero:
         # The first values are written into the masters: what passes through the compute type would be rounded.
         meta = shared.is_meta(network)
         ready = {} if meta else {n: p.detach().float().clone() for n, p in network.named_parameters()}
-        ds_config = _ds_config(config, sum(p.numel() for p in network.parameters()), device)
+        ds_config = _ds_config(config, network, device)
         _allocate(network, shared.compute_dtype(config.precision), device, ds_config)
         parameters = dict(network.named_parameters())
         torch_optimizer = optimizer.build((p, kinds[n]) for n, p in parameters.items())
@@ -424,7 +424,18 @@ def _start_deepspeed(device: torch.device) -> None:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def _ds_config(config: DeepSpeed, numel: int, device: torch.device) -> dict[str, Any]:
+def live_elements(network: nn.Module) -> int:
+    """How many of a network's elements stage 3 may have gathered before it fetches no further ones ahead: those of the
+    largest block twice, of the one in use and of the next.
+
+    DeepSpeed fetches a bucket ahead at each module that it comes to, however much is fetched already: without a limit
+    it gathers all weights, from the second step on.
+    """
+    return 2 * max(sum(p.numel() for p in block.parameters()) for block in shared.blocks_of(network) or [network])
+
+
+def _ds_config(config: DeepSpeed, network: nn.Module, device: torch.device) -> dict[str, Any]:
+    numel = sum(p.numel() for p in network.parameters())
     bucket = max(2, min(config.bucket_elements, numel) // 2 * 2)  # DeepSpeed wants an even number
     zero: dict[str, Any] = {
         "stage": config.stage,
@@ -442,6 +453,7 @@ def _ds_config(config: DeepSpeed, numel: int, device: torch.device) -> dict[str,
             "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": live_elements(network),
         }
         if config.offload:
             zero["offload_param"] = {"device": "cpu", "pin_memory": device.type == "cuda"}

@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 
-from tests.trainer.ranks import Ranks
+from tests.trainer.ranks import Ranks, ranks
 from tests.trainer.toys import DENOISE, OPTIMIZER, Denoiser, batch_of, toy_loss
-from trainer.engines.deepspeed import DeepSpeed
+from trainer.engines.deepspeed import DeepSpeed, live_elements
 from trainer.engines.fsdp import FSDP
 
 WORLD = 2
@@ -76,3 +76,41 @@ def test_a_rank_holds_what_its_stage_shards_and_replicates(fresh_ranks, config, 
         expected = numel * (sharded / WORLD + replicated)
         assert measured == pytest.approx(expected, rel=0.05)
         assert sum(account.values()) == pytest.approx(expected, rel=0.05)
+
+
+def most_gathered(config: DeepSpeed) -> list[int]:
+    """In each of three steps: the most elements of weights that are whole on this rank when a module is run."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    with torch.device("meta"):
+        network = Denoiser(width=100, depth=13)
+    engine = config.build({"denoiser": network}, DENOISE, {"main": OPTIMIZER}, 7, torch.device("cpu"))
+    parameters: list = list(network.parameters())
+    most, gathered = [], []
+
+    def look(*_: object) -> None:
+        gathered.append(sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE))
+
+    for module in network.modules():
+        module.register_forward_hook(look)
+        module.register_full_backward_hook(look)
+    (phase,) = DENOISE
+    for step in range(3):
+        gathered.clear()
+        with engine.accumulating(phase, True):
+            engine.backward(phase, toy_loss(phase, engine.networks, batch_of(step)).sum() / 16)
+        assert not engine.step(phase, 0.01).skipped
+        most.append(max(gathered))
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stage_3_gathers_two_blocks_at_once_and_a_module_that_is_in_use(checkpointing):
+    config = DeepSpeed(stage=3, bucket_elements=5_000, activation_checkpointing=checkpointing)
+    with torch.device("meta"):
+        network = Denoiser(width=100, depth=13)
+    largest = max(p.numel() for p in network.parameters())
+    limit = live_elements(network) + 5_000 + largest
+    assert limit < 0.4 * sum(p.numel() for p in network.parameters())
+    for most in ranks(WORLD).run(most_gathered, config):
+        assert all(largest <= number <= limit for number in most)
