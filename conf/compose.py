@@ -33,10 +33,11 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
     """The config of a job (`conf/<job>.yaml`) under the given Hydra overrides.
 
     In this order, later ones above earlier ones: the choices of groups, the experiment's values, the scale's, the
-    command line's. What an experiment sets in a group falls away where the command line or the scale chooses a class
-    that does not take it. `shrink` (set by `scale=tiny`) maps class names to values: every node built from that class
-    takes them, below what the command line says, but where it has null: there is no such part. `items` keeps those of a
-    list. Interpolations are resolved.
+    command line's. An experiment may be a file of the user's (`experiment=runs/sd15/experiment.yaml`, written by
+    `import`), whose objects take the place of the groups' choices. What an experiment sets in a group falls away where
+    the command line or the scale chooses a class that does not take it. `shrink` (set by `scale=tiny`) maps class names
+    to values: every node built from that class takes them, below what the command line says, but where it has null:
+    there is no such part. `items` keeps those of a list. Interpolations are resolved.
 
     Args:
         missing: what becomes of keys that must be given and are not.
@@ -45,12 +46,16 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
         ConfigError: an unknown key, group or choice, an override that does not parse, or an interpolation that fails.
     """
     parsed = [_parse(override) for override in overrides]
+    written = [o for o in parsed if o.key_or_group == "experiment" and str(o.value()).endswith(".yaml")]
+    parsed = [o for o in parsed if o not in written]
     _check_choices(job, parsed)
     choices = [override for override in parsed if _is_choice(override)]
     config = DictConfig({})
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             config = hydra_compose(job, overrides=[str(override.input_line) for override in choices])
+        for file in written:
+            _merge_written(config, Path(str(file.value())), {str(o.key_or_group) for o in choices})
         _drop_of_other_classes(config, choices)
         if "shrink" in config:
             _shrink(config, OmegaConf.to_container(config.shrink))  # type: ignore[arg-type]
@@ -109,6 +114,22 @@ def _parse(override: str) -> Override:
 def _is_choice(override: Override) -> bool:
     """Whether it chooses from a group, which is a folder here."""
     return (ROOT / override.key_or_group).is_dir() and not isinstance(override.value(), dict)
+
+
+def _merge_written(config: DictConfig, file: Path, chosen: set[str]) -> None:
+    """Put an experiment's file into the config, but for the groups that the command line chooses from."""
+    if not file.is_file():
+        raise ConfigError(f"experiment={file}: there is no such file.")
+    given = OmegaConf.load(file)
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"experiment={file}: it holds no keys with values.")
+    for key, value in given.items():
+        if str(key) not in config:
+            raise ConfigError(f"experiment={file} sets {key!r}, which this job does not have.")
+        if str(key) in chosen:
+            continue
+        whole = "_target_" in value if isinstance(value, DictConfig) else True
+        OmegaConf.update(config, str(key), value, merge=not whole, force_add=True)
 
 
 def _drop_of_other_classes(config: DictConfig, choices: list[Override]) -> None:

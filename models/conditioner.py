@@ -126,13 +126,16 @@ class SizeIds(nn.Module):
 
     Args:
         aesthetic: name of the field with the score; None is the base model.
-        default_aesthetic: score of samples without one; the refiner samples with 6.0, and 2.5 for the unconditional
-            prediction.
+        default_aesthetic: score of samples without one.
+        negative_aesthetic: score of the unconditional prediction, in sampling.
     """
 
-    def __init__(self, aesthetic: str | None = None, default_aesthetic: float = 6.0) -> None:
+    def __init__(
+        self, aesthetic: str | None = None, default_aesthetic: float = 6.0, negative_aesthetic: float = 2.5
+    ) -> None:
         super().__init__()
         self.aesthetic, self.default_aesthetic = aesthetic, default_aesthetic
+        self.negative_aesthetic = negative_aesthetic
         self.numbers = 5 if aesthetic is not None else 6
 
     def forward(self, given: Given) -> Tensor:

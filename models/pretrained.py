@@ -98,6 +98,11 @@ class ComponentFolder:
         network.config = {**self.config, **network.config}
         return network
 
+    def on_meta(self) -> nn.Module:
+        """The same on the meta device."""
+        with torch.device("meta"):
+            return self.build()
+
     def check(self, network: nn.Module) -> None:
         """Compare the folder's tensors with the network's.
 
@@ -122,6 +127,13 @@ class ComponentFolder:
             described = "; ".join(f"{fault}: {some(keys)}" for fault, keys in faults.items() if keys)
             raise ValueError(f"{self.path} does not fit {type(network).__name__}: {described}")
 
+    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
+        """The network, filled."""
+        network = self.on_meta()
+        network.to(dtype).to_empty(device=device)
+        self.fill(network)
+        return network
+
     @torch.no_grad()
     def fill(self, network: nn.Module) -> None:
         """Copy the folder's tensors into the network, one at a time, after `check`."""
@@ -131,21 +143,13 @@ class ComponentFolder:
             tensor.copy_(network.from_diffusers(name, self.read))
 
 
-def load(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> MMDiT | AutoencoderKL | UNet:
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
     """The network of a component's folder, such as `stable-diffusion-3-medium-diffusers/transformer`.
 
     Raises:
         ValueError: see `ComponentFolder`.
     """
-    component = ComponentFolder(folder)
-    with torch.device("meta"):
-        network = component.build()
-    network.to(dtype).to_empty(device=device)
-    component.fill(network)
-    assert isinstance(network, MMDiT | AutoencoderKL | UNet)
-    return network
+    return ComponentFolder(folder).load(dtype, device)
 
 
 def save(

@@ -14,8 +14,9 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +70,44 @@ class UniformTimes(TimeGrid):
         return t * process.start_time()
 
 
+class DiscreteTimes(TimeGrid):
+    """Of the discrete steps that a network was trained on, as many as wanted, in one of diffusers' spacings. Step i of
+    T stands at t = (i + 1) / T, as in `ScaledLinear`.
+
+    Args:
+        spacing: "leading": every (T // steps)-th step, raised by `offset`; "trailing": counted back from the last;
+            "linspace": from the first to the last, between steps where they do not fall on any.
+        offset: see `spacing`.
+        train_steps: T.
+        to_image: whether the last step ends at the image; else at the first discrete step, which still holds a little
+            noise, as Stable Diffusion's published settings have it ("set_alpha_to_one": false).
+    """
+
+    def __init__(
+        self,
+        spacing: Literal["leading", "trailing", "linspace"] = "trailing",
+        offset: int = 0,
+        train_steps: int = 1000,
+        to_image: bool = True,
+    ):
+        self.spacing = spacing
+        self.offset = offset
+        self.train_steps = train_steps
+        self.to_image = to_image
+
+    def times(self, process: Process, steps: int) -> Tensor:
+        if steps > self.train_steps:
+            raise ValueError(f"sampler.steps={steps}: there are {self.train_steps} discrete steps")
+        if self.spacing == "leading":
+            chosen = torch.arange(steps, dtype=torch.float64).flip(0) * (self.train_steps // steps) + self.offset
+        elif self.spacing == "trailing":
+            chosen = torch.round(self.train_steps * (1 - torch.arange(steps, dtype=torch.float64) / steps)) - 1
+        else:
+            chosen = torch.linspace(0, self.train_steps - 1, steps, dtype=torch.float64).flip(0)
+        end = torch.zeros(1, dtype=torch.float64) if self.to_image else torch.ones(1, dtype=torch.float64)
+        return torch.cat([(chosen + 1).clamp(max=self.train_steps), end]) / self.train_steps
+
+
 class KarrasTimes(TimeGrid):
     """Noise levels whose 1/rho-th powers are equidistant (EDM, arXiv 2206.00364, eq. 5); on any path, of sigma / alpha.
 
@@ -94,6 +133,46 @@ class KarrasTimes(TimeGrid):
         return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
 
 
+# Where to begin and end
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which of a sampler's steps are taken, and from what; all of them from noise, by default.
+
+    Args:
+        image: latents (n, ...) of pictures to change: they begin with as much noise as their first step has (SDEdit,
+            arXiv 2108.01073).
+        strength: share of the steps that are taken with `image`, the last ones; None: all.
+        keep: bool, of `image`'s shape or one that spreads to it: where the image stays as it is, at every step's noise
+            (RePaint's conditioning, arXiv 2201.09865, without its resampling).
+        noisy: samples to go on with where another course has stopped, in the place of noise.
+        start, stop: steps at times from `start` down to `stop` only, `stop` itself not included: experts for parts of
+            the course (SDXL, arXiv 2307.01952, section 2.5; eDiff-I, arXiv 2211.01324).
+    """
+
+    image: Tensor | None = None
+    strength: float | None = None
+    keep: Tensor | None = None
+    noisy: Tensor | None = None
+    start: float = 1.0
+    stop: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength={self.strength}: it takes a number above 0, up to 1, which draws anew")
+        if not 0 <= self.stop < self.start <= 1:
+            raise ValueError(f"a course from time {self.start} to {self.stop} has no steps: times fall from 1 to 0")
+
+    def steps(self, times: Tensor) -> tuple[int, int]:
+        """Numbers of the times (steps + 1,) at which the course begins and ends."""
+        total, rounding = len(times) - 1, 1e-9
+        first = int((times[:-1] > self.start + rounding).sum())
+        if self.strength is not None:
+            first = max(first, total - int(total * self.strength))
+        return first, max(first, int((times[:-1] > self.stop + rounding).sum()))
+
+
 # Integration rules
 
 
@@ -111,22 +190,48 @@ class Sampler(ABC):
         self.steps = steps
         self.grid = grid or UniformTimes()
 
-    def sample(self, denoise: Denoise, process: Process, noise: NoiseSource) -> Tensor:
-        """Samples at t = 0, of the noise's shape."""
-        return deque(self.trajectory(denoise, process, noise), maxlen=1).pop()
+    def sample(self, denoise: Denoise, process: Process, noise: NoiseSource, course: "Course | None" = None) -> Tensor:
+        """Samples at the end of the course, of the noise's shape."""
+        return deque(self.trajectory(denoise, process, noise, course), maxlen=1).pop()
 
-    def trajectory(self, denoise: Denoise, process: Process, noise: NoiseSource) -> Iterator[Tensor]:
-        """The samples after each of the `steps` steps."""
+    def trajectory(
+        self, denoise: Denoise, process: Process, noise: NoiseSource, course: "Course | None" = None
+    ) -> Iterator[Tensor]:
+        """The samples after each step of the course.
+
+        Raises:
+            ValueError: the course has no steps.
+        """
+        course = course or Course()
         times = self.grid.times(process, self.steps)
+        first, last = course.steps(times)
+        times = times[first : last + 1]
+        if len(times) < 2:
+            raise ValueError(f"none of the sampler's {self.steps} steps is left to take: take more steps")
         alpha, sigma = process.alpha_sigma(times[0])
-        # As if the data had unit variance, like diffusers: 1 on every path but EDM's, where it is sqrt(sigma^2 + 1).
-        return self.integrate(torch.hypot(alpha, sigma) * noise("start", 0), times, denoise, process, noise)
+        if course.noisy is not None:
+            x = course.noisy
+        elif course.image is not None and (first > 0 or course.keep is None):
+            x = alpha * course.image + sigma * noise("start", 0)
+        else:
+            # As if the data had unit variance, like diffusers: 1 on every path but EDM's, there sqrt(sigma^2 + 1).
+            x = torch.hypot(alpha, sigma) * noise("start", 0)
+        for step, after in enumerate(self.integrate(x, times, denoise, process, noise), 1):
+            if course.keep is not None and course.image is not None:
+                alpha, sigma = process.alpha_sigma(times[step])
+                done = first + step == self.steps
+                known = course.image if done else alpha * course.image + sigma * noise("start", 0)
+                after.copy_(torch.where(course.keep, known, after))
+            yield after
 
     @abstractmethod
     def integrate(
         self, x: Tensor, times: Tensor, denoise: Denoise, process: Process, noise: NoiseSource
     ) -> Iterator[Tensor]:
-        """From x at times[0], the samples at times[1], times[2], ..."""
+        """From x at times[0], the samples at times[1], times[2], ...
+
+        What the caller writes into a yielded tensor, the next step begins with.
+        """
 
 
 class DDIM(Sampler):
@@ -230,6 +335,30 @@ class Heun(Sampler):
         rescale = alpha_up / alpha
         added = torch.sqrt(sigma_up**2 - (rescale * sigma) ** 2) * self.churn_noise
         return rescale * x + added * noise("churn", step), noisier
+
+
+class PLMS(Sampler):
+    """Pseudo linear multistep (Liu et al., arXiv 2202.09778): Adams and Bashforth's fourth-order mean of the last four
+    noise predictions, moved as in DDIM. The first step averages two predictions, at both of its ends, so that there is
+    one call more than steps. Stable Diffusion 1's sampler ("PNDM" without its Runge-Kutta steps).
+    """
+
+    _WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+    def integrate(
+        self, x: Tensor, times: Tensor, denoise: Denoise, process: Process, noise: NoiseSource
+    ) -> Iterator[Tensor]:
+        before: list[Tensor] = []  # noise predictions, the newest first
+        for step, (t, t_next) in enumerate(pairwise(times)):
+            (alpha, sigma), (alpha_next, sigma_next) = process.alpha_sigma(t), process.alpha_sigma(t_next)
+            before = [(x - alpha * denoise(x, t)) / sigma, *before[:3]]
+            weighted = zip(self._WEIGHTS[len(before) - 1], before, strict=True)
+            eps = torch.stack([weight * one for weight, one in weighted]).sum(0)
+            if step == 0 and sigma_next > 0:
+                ahead = alpha_next * (x - sigma * eps) / alpha + sigma_next * eps
+                eps = (eps + (ahead - alpha_next * denoise(ahead, t_next)) / sigma_next) / 2
+            x = alpha_next * (x - sigma * eps) / alpha + sigma_next * eps
+            yield x
 
 
 class DPMSolverPP2M(Sampler):

@@ -164,8 +164,14 @@ def write_stem(
         shard_bytes: more than this goes into several files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f"{stem}*.safetensors*"):
-        old.unlink()
+    number = "[0-9]" * 5
+    for pattern in (
+        f"{stem}.safetensors",
+        f"{stem}-{number}-of-{number}.safetensors",
+        f"{stem}.safetensors.index.json",
+    ):
+        for old in folder.glob(pattern):
+            old.unlink()
     shards = _shards({name: meta.nbytes for name, meta in layout.items()}, shard_bytes)
     count = len(shards)
     files = (

@@ -1,7 +1,7 @@
 """Frozen text encoders from transformers, as a conditioner takes them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from models.conditioner import Encoder, Outputs
 from models.hub import Dtype, load_part, load_weights
@@ -26,7 +26,7 @@ class TextEncoder(Encoder):
 
 
 class ClipEncoder(TextEncoder):
-    """A CLIP text encoder: the hidden states before the last layer, and the projected pooled output.
+    """A CLIP text encoder: hidden states of one of its last layers, and the projected pooled output.
 
     Args:
         model: folder, or name on the Hugging Face hub, with the safetensors weights of CLIP's text model.
@@ -34,6 +34,9 @@ class ClipEncoder(TextEncoder):
         tokenizer: folder or name of the tokenizer; the model's own by default.
         tokenizer_subfolder: of the tokenizer ("tokenizer").
         length: tokens; 77 for every published CLIP.
+        layer: "penultimate": what the last layer is given (SDXL, SD3); "last": what it gives, after the final norm
+            (Stable Diffusion 1, and 2, whose folders leave out the layer that is not used).
+        pooled: whether it gives a pooled vector; without, the folder needs no projection.
         dtype: that the encoder computes in.
 
     Raises:
@@ -49,22 +52,31 @@ class ClipEncoder(TextEncoder):
         tokenizer: str | None = None,
         tokenizer_subfolder: str = "",
         length: int = 77,
+        layer: Literal["penultimate", "last"] = "penultimate",
+        pooled: bool = True,
         dtype: Dtype = "float32",
     ):
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
         super().__init__()
         self.tokenizer = load_part(AutoTokenizer.from_pretrained, tokenizer or model, tokenizer_subfolder)
-        self.model = load_weights(CLIPTextModelWithProjection, model, subfolder, dtype)
-        self.length = length
+        kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
+        self.model = load_weights(kind, model, subfolder, dtype)
+        self.length, self.layer = length, layer
         self.width = self.model.config.hidden_size
-        self.pooled_width = self.model.config.projection_dim
+        self.pooled_width = self.model.config.projection_dim if pooled else 0
 
     def forward(self, inputs: Sequence[str]) -> Outputs:
         # Padding is attended to, and told apart by CLIP's causal mask alone, as in Stable Diffusion.
         tokens = _tokenize(self.tokenizer, inputs, self.length)
         output = self.model(tokens.input_ids.to(self.model.device), output_hidden_states=True)
-        return output.hidden_states[-2].float(), output.text_embeds.float()
+        states = output.last_hidden_state if self.layer == "last" else output.hidden_states[-2]
+        pooled = output.text_embeds if self.pooled_width else states[:, 0, :0]
+        return states.float(), pooled.float()
+
+    def settings(self) -> dict[str, Any]:
+        """See `Encoder.settings`."""
+        return super().settings() | ({"layer": self.layer} if self.layer != "penultimate" else {})
 
 
 class T5Encoder(TextEncoder):

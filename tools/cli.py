@@ -20,6 +20,8 @@ JOBS = {
     "train": ("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
     "study": ("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
+    "import": ("tools.importing", "a diffusers folder, or a file in its authors' layout, as a run to go on from"),
+    "export": ("tools.export", "a run as a folder that diffusers opens, or as a file in the authors' layout"),
     "plan": ("tools.plan", "what a run would need, without a GPU: memory of a rank, FLOPs, traffic, time, cost"),
     "jobs": ("tools.jobs", "what was submitted with cluster=slurm, and how it goes"),
     "logs": ("tools.logs", "the last lines that a submitted run wrote: millrace logs <run>"),

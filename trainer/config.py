@@ -18,6 +18,7 @@ from data.tracking import WandbConfig
 from models.conditioner import Conditioner
 from models.first_stage import FirstStage
 from models.guidance import Guidance
+from models.lora import LoRA
 from models.process import Process
 from models.samplers import Sampler
 from trainer.checkpoint import CheckpointPolicy
@@ -70,6 +71,7 @@ class Config:
     first_stage: FirstStage
     conditioner: Conditioner
     networks: dict[str, nn.Module]
+    adapter: LoRA | None
     process: Process
     objective: Objective
     data: TarData

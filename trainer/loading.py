@@ -1,27 +1,26 @@
 """Networks ready to sample from: of one of our runs, or of a diffusers pipeline."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from conf.schema import build
-from models.conditioner import AbsentEncoder, Conditioner, Encoder
-from models.densities import Uniform
 from models.first_stage import KLFirstStage
-from models.parameterizations import Velocity
-from models.pretrained import load
+from models.lora import Adapter
+from models.pipeline_folder import INDEX, PipelineFolder
+from models.pretrained import ComponentFolder, load
 from models.process import Process
-from models.schedules import RectifiedFlow
-from models.text import ClipEncoder, T5Encoder
-from models.weighting import Unweighted
 from trainer.checkpoint import CheckpointError, CheckpointPolicy, load_weights, read_record
 from trainer.checkpoint.format import is_committed
-from trainer.networks import conditioner_learns
+from trainer.networks import adapted, adapter_base, conditioner_learns
+from trainer.pipelines import config_of, denoiser_of
+
+# Latents' side where a network does not tell the size that it was trained at.
+_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class Loaded:
         networks: "denoiser", "conditioner" and "first_stage", on the CPU in float32. The first stage may still be on
             the meta device, for `prepare_frozen` to fill.
         process: that the denoiser was trained with.
+        config: "model", "first_stage", "conditioner", "process" and "sampler" as a run's config describes them; a
+            pipeline's sampler is that of its scheduler.
         size: (height, width) in pixels that it was trained at (the first bucket).
         source: where it came from, for pictures' metadata.
         seed: of the run, from which a first stage without weights of its own is drawn again.
@@ -39,43 +40,61 @@ class Loaded:
 
     networks: dict[str, nn.Module]
     process: Process
+    config: dict[str, Any]
     size: tuple[int, int]
     source: str
     seed: int = 0
 
 
-def load_model(path: str | Path, ema: str = "auto") -> Loaded:
+def load_model(path: str | Path, ema: str = "auto", exact: bool = False) -> Loaded:
     """Load a run's folder (its newest whole checkpoint), one of its checkpoints, or a diffusers pipeline's folder.
 
     Args:
         ema: an average's name, "none" for the weights themselves, or "auto": the run's first average if it keeps one.
+        exact: load a run's encoders in float32, whatever type it computes them in.
 
     Raises:
         ValueError: there is nothing of the kind at the path.
         CheckpointError: the checkpoint is damaged, or is not of the model that its config describes.
     """
     path = Path(path)
-    if (path / "model_index.json").is_file():
-        return _load_pipeline(path)
+    return _load_pipeline(path) if (path / INDEX).is_file() else _load_checkpoint(find_checkpoint(path), ema, exact)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest whole checkpoint of a run's folder, or the one that the path is.
+
+    Raises:
+        ValueError: there is none.
+    """
     if is_committed(path):
-        return _load_checkpoint(path, ema)
+        return path
     if (path / "checkpoints").is_dir():
         found = CheckpointPolicy().build(path / "checkpoints").latest()
         if found.path is None:
             raise ValueError(f"{path} has no whole checkpoint" + "".join(f"; {reason}" for reason in found.refused))
-        return _load_checkpoint(found.path, ema)
+        return found.path
     raise ValueError(
-        f"{path} is neither a run (checkpoints/), a checkpoint (committed.json) nor a diffusers pipeline"
-        " (model_index.json)"
+        f"{path} is neither a run (checkpoints/), a checkpoint (committed.json) nor a diffusers pipeline ({INDEX})"
     )
 
 
-def _load_checkpoint(path: Path, ema: str) -> Loaded:
-    record = read_record(path)
-    run = path.parent.parent
-    config: Any = OmegaConf.create(_moved(record.config, run))
-    lengths = list(record.ema.get("lengths", {}))
-    length = (lengths[0] if lengths else None) if ema == "auto" else None if ema == "none" else ema
+def config_of_checkpoint(path: Path) -> Any:
+    """The run's config, as a checkpoint keeps it, with paths as they are now."""
+    return OmegaConf.create(_moved(read_record(path).config, path.parent.parent))
+
+
+def average_of(path: Path, ema: str) -> str | None:
+    """The average of a checkpoint that `load_model`'s argument names; None: the weights themselves."""
+    lengths = list(read_record(path).ema.get("lengths", {}))
+    return (lengths[0] if lengths else None) if ema == "auto" else None if ema == "none" else ema
+
+
+def _load_checkpoint(path: Path, ema: str, exact: bool) -> Loaded:
+    config, length = config_of_checkpoint(path), average_of(path, ema)
+    for encoder in config.conditioner.get("encoders", []) if exact else []:
+        if "dtype" in encoder:
+            encoder.dtype = "float32"
     with torch.device("meta"):
         first_stage = build(config.first_stage)
     if conditioner_learns(config.conditioner):
@@ -85,15 +104,41 @@ def _load_checkpoint(path: Path, ema: str) -> Loaded:
     buckets = build(config.buckets)
     return Loaded(
         networks={
-            "denoiser": _trained(path, "denoiser", config.model, length),
+            "denoiser": _denoiser(path, config, length),
             "conditioner": conditioner,
             "first_stage": first_stage,
         },
         process=build(config.process),
+        config=OmegaConf.to_container(config),  # type: ignore[arg-type]
         size=(buckets[0].height, buckets[0].width),
         source=f"{path}, {f'EMA {length}' if length else 'weights'}",
         seed=config.seed,
     )
+
+
+def _denoiser(path: Path, config: Any, length: str | None) -> nn.Module:
+    """A checkpoint's denoiser; of one that holds adapters, the weights that they are for with them."""
+    if not config.get("adapter"):
+        return _trained(path, "denoiser", config.model, length)
+    with torch.device("meta"):
+        network: Any = build(config.model)
+    network.to_empty(device="cpu")
+    ComponentFolder(adapter_base(config)).fill(network)
+    load_adapter(path, config, length).merge_into(network)
+    return network
+
+
+def load_adapter(path: Path, config: Any, length: str | None) -> Adapter:
+    """The adapters of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or has others than its config describes.
+    """
+    with torch.device("meta"):
+        network = adapted(build(config.model), config)
+    weights = load_weights(path, "denoiser", ema=length)
+    _check_shapes(path, "denoiser", network, weights)
+    return Adapter.of(network, weights)
 
 
 def _trained(path: Path, name: str, node: Any, length: str | None) -> nn.Module:
@@ -107,6 +152,12 @@ def _trained(path: Path, name: str, node: Any, length: str | None) -> nn.Module:
     network.to_empty(device="cpu")
     network.init_buffers()
     weights = load_weights(path, name, ema=length)
+    _check_shapes(path, name, network, weights)
+    network.load_state_dict(weights, strict=False)  # buffers are not saved
+    return network
+
+
+def _check_shapes(path: Path, name: str, network: nn.Module, weights: dict[str, Tensor]) -> None:
     wanted = {inner: tuple(parameter.shape) for inner, parameter in network.named_parameters()}
     found = {inner: tuple(tensor.shape) for inner, tensor in weights.items()}
     if wrong := sorted(inner for inner in wanted | found if wanted.get(inner) != found.get(inner)):
@@ -114,8 +165,6 @@ def _trained(path: Path, name: str, node: Any, length: str | None) -> nn.Module:
             f"{path} does not fit the {name} of its own config: {len(wrong)} parameters differ, the first is"
             f" {wrong[0]}, of shape {found.get(wrong[0])} in the checkpoint and {wanted.get(wrong[0])} in the {name}"
         )
-    network.load_state_dict(weights, strict=False)  # buffers are not saved
-    return network
 
 
 def _moved(config: dict[str, Any], run: Path) -> dict[str, Any]:
@@ -133,35 +182,16 @@ def _moved(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _load_pipeline(path: Path) -> Loaded:
-    """A Stable Diffusion 3 or 3.5 pipeline: two CLIP encoders, T5 (which may be left out), MMDiT, autoencoder."""
-    index = json.loads((path / "model_index.json").read_text())
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise ValueError(f"{path} is a {index.get('_class_name')}; StableDiffusion3Pipeline can be sampled from")
-    denoiser, autoencoder = load(path / "transformer"), load(path / "vae")
-    encoders: list[Encoder] = []
-    for number in ("", "_2"):
-        tokenizer = json.loads((path / f"tokenizer{number}" / "tokenizer_config.json").read_text())
-        length = tokenizer.get("model_max_length", 77)
-        encoders.append(
-            ClipEncoder(str(path), f"text_encoder{number}", tokenizer_subfolder=f"tokenizer{number}", length=length)
-        )
-    width: int = denoiser.config["joint_attention_dim"]
-    if index.get("text_encoder_3", [None])[0] is None:
-        encoders.append(AbsentEncoder(encoders[0].length, width))
-    else:
-        encoders.append(T5Encoder(str(path), "text_encoder_3", tokenizer_subfolder="tokenizer_3"))
-    scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
-    process = Process(RectifiedFlow(), Velocity(), Uniform(), Unweighted(), shift=scheduler.get("shift", 1.0))
-    first_stage = KLFirstStage(autoencoder)  # type: ignore[arg-type]
-    side = denoiser.config["sample_size"] * first_stage.downsampling
+    """A pipeline of diffusers' that Stable Diffusion 1, 2, XL, its refiner or 3 is published as."""
+    folder = PipelineFolder(path)
+    config = config_of(folder)
+    denoiser, autoencoder = denoiser_of(folder).load(), load(path / "vae")
+    first_stage = KLFirstStage(autoencoder)
+    side = (denoiser.config.get("sample_size") or _SIDE) * first_stage.downsampling
     return Loaded(
-        # These pipelines sample with the encoding of "" as the unconditional one.
-        networks={
-            "denoiser": denoiser,
-            "conditioner": Conditioner(encoders, context_dim=width, dropped="empty"),
-            "first_stage": first_stage,
-        },
-        process=process,
+        networks={"denoiser": denoiser, "conditioner": build(config["conditioner"]), "first_stage": first_stage},
+        process=build(config["process"]),
+        config=config,
         size=(side, side),
         source=str(path),
     )

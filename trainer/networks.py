@@ -1,15 +1,17 @@
 """The networks of a run, from its config: those that the objective trains, and the frozen ones around them."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, mistakes
 from conf.schema import build, target
 from data.buckets import Buckets
 from data.tars import TarSplit
+from models.pipeline_folder import INDEX, PipelineFolder
 from trainer.distributed import World, barrier
 from trainer.objectives.base import DropsCaptions, Objective
 
@@ -83,7 +85,39 @@ def networks_on_meta(config: Any, objective: Objective) -> dict[str, Any]:
     nodes = {name: config[key] for name, key in _KEYS.items()} | dict(config.networks)
     meta = [name for name in objective.networks if name != "conditioner" or conditioner_learns(config.conditioner)]
     with torch.device("meta"):
-        return {name: build(nodes[name]) for name in meta}
+        networks = {name: build(nodes[name]) for name in meta}
+        if config.get("adapter") and "denoiser" in networks:
+            networks["denoiser"] = adapted(networks["denoiser"], config)
+    return networks
+
+
+def adapted(denoiser: nn.Module, config: Any) -> nn.Module:
+    """The denoiser with the run's adapters.
+
+    Raises:
+        ConfigError: the weights to adapt are nowhere to be had, or have no such modules.
+    """
+    with mistakes():
+        lora = build(config.adapter)
+        return lora.adapt(denoiser, adapter_base(config))
+
+
+def adapter_base(config: Any) -> str:
+    """The component's folder whose weights a run's adapters are for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    source = config.init_from
+    path, networks = (source, {}) if isinstance(source, str | None) else (source.path, source.get("networks", {}))
+    path = config.adapter.base or path
+    if path is None:
+        raise ValueError("adapter.base names no weights to adapt: give adapter.base=<a diffusers folder>, or init_from")
+    if (Path(path) / INDEX).is_file():
+        path = str(Path(path) / networks.get("denoiser", PipelineFolder(path).denoiser))
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"adapter.base: {path} is no diffusers folder; `millrace export` makes one of a run")
+    return path
 
 
 def conditioner_learns(config: Any) -> bool:

@@ -3,22 +3,35 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data.draws import Draws
 from models.conditioner import Given
 from models.guidance import Guidance, denoiser
 from models.process import Process
-from models.samplers import Sampler
+from models.samplers import Course, Sampler
 
 # The "step" of draws that belong to pictures, and to no training step.
 SAMPLING_STEP = -2
+
+
+@dataclass(frozen=True)
+class OwnSampler:
+    """The sampler of what is sampled from, a run's or a pipeline's.
+
+    Args:
+        steps: in the place of its own number.
+    """
+
+    steps: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,9 @@ class Picture:
         height, width: in pixels.
         image: (3, H, W) uint8, what encoders of pictures see; their null embeddings stand for none.
         fields: what else the picture comes with, one sample's value each: a row of a tensor, or an item of a list.
+        negative: caption that guidance leads away from, in the place of none.
+        start: (3, H, W) uint8, the picture to change: it is drawn on from as much noise as the course begins with.
+        mask: (H, W) bool, where `start` is to be drawn anew; None: everywhere.
         original_size, crop, target_size: that SDXL is told; `height` and `width`, (0, 0), `height` and `width`.
     """
 
@@ -40,6 +56,9 @@ class Picture:
     width: int
     image: Tensor | None = field(default=None, compare=False)
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    negative: str | None = None
+    start: Tensor | None = field(default=None, compare=False)
+    mask: Tensor | None = field(default=None, compare=False)
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] | None = None
@@ -101,11 +120,31 @@ def draw_pass(
     pictures: Sequence[Picture],
     device: torch.device,
 ) -> list[Tensor]:
-    """Draw pictures of one size together, by diffusion, as uint8 (3, H, W) on the CPU.
+    """Draw pictures of one size together, by diffusion, as uint8 (3, H, W) on the CPU; see `draw_latents`."""
+    return decode(networks, draw_latents(networks, process, sampler, guidance, pictures, device))
+
+
+def decode(networks: Mapping[str, nn.Module], latents: Tensor) -> list[Tensor]:
+    """Latents to pictures, uint8 (3, H, W) on the CPU."""
+    images = networks["first_stage"].decode(latents.float())  # type: ignore[operator]
+    return list(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+
+
+def draw_latents(
+    networks: Mapping[str, nn.Module],
+    process: Process,
+    sampler: Sampler,
+    guidance: Guidance,
+    pictures: Sequence[Picture],
+    device: torch.device,
+    course: Course | None = None,
+) -> Tensor:
+    """Latents of pictures of one size.
 
     Args:
         networks: "denoiser", "conditioner" and "first_stage".
-        pictures: of one size, all with an image or all without, and all with the same fields.
+        pictures: of one size, and alike in what they come with.
+        course: which steps to take, and from what. Pictures to change are put into it.
     """
     first_stage, conditioner = networks["first_stage"], networks["conditioner"]
     shape = first_stage.latent_shape(pictures[0].height, pictures[0].width)  # type: ignore[operator]
@@ -113,18 +152,57 @@ def draw_pass(
     if not conditioner.encoders:  # nothing is left out of the unconditional prediction
         guidance = Guidance()
     conditions = conditioner(given)
-    dropped = conditioner.unconditional(len(pictures))  # type: ignore[operator]
-    null_conditions = conditioner(given, dropped) if guidance.scale != 1 else None
-    denoise = denoiser(networks["denoiser"], process, conditions, null_conditions, guidance)
-
+    null_conditions = _null_conditions(conditioner, given, pictures) if guidance.scale != 1 else None
     seeds = [p.seed for p in pictures]
 
     def noise(purpose: str, step: int) -> Tensor:
         return SamplingDraws(seeds, step).normal(f"sampling/{purpose}", shape, device)
 
-    latents = sampler.sample(denoise, process, noise).float()
-    images = first_stage.decode(latents)  # type: ignore[operator]
-    return list(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+    course, beside = _with_starts(course or Course(), pictures, networks, device)
+    for told in (conditions, null_conditions):
+        if told is not None and beside is not None:
+            told["concat"] = beside
+    denoise = denoiser(networks["denoiser"], process, conditions, null_conditions, guidance)
+    return sampler.sample(denoise, process, noise, course)
+
+
+def _null_conditions(conditioner: Any, given: Given, pictures: Sequence[Picture]) -> dict[str, Tensor]:
+    """Conditions of the unconditional prediction: of negative prompts, or of none."""
+    sizes = conditioner.sizes
+    if sizes is not None and sizes.aesthetic is not None:
+        ugly = torch.full((len(given),), sizes.negative_aesthetic)
+        given = replace(given, fields={**given.fields, sizes.aesthetic: ugly})
+    if all(p.negative is None for p in pictures):
+        return conditioner(given, conditioner.unconditional(len(pictures)))
+    return conditioner(replace(given, captions=[p.negative or "" for p in pictures]))
+
+
+def _with_starts(
+    course: Course, pictures: Sequence[Picture], networks: Mapping[str, nn.Module], device: torch.device
+) -> tuple[Course, Tensor | None]:
+    """The course from the pictures that are to be changed; and what an inpainting network reads beside the latent: the
+    mask, and the latent of what is kept (Stable Diffusion's inpainting models)."""
+    denoiser, first_stage = networks["denoiser"], networks["first_stage"]
+    channels: int = first_stage.channels  # type: ignore[assignment]
+    told_masks = getattr(denoiser, "config", {}).get("concat_channels", 0) == channels + 1
+    told_masks = told_masks and networks["conditioner"].concat_channels == 0
+    starts = [p.start for p in pictures if p.start is not None]
+    if not starts:
+        if told_masks:
+            raise ValueError("this is an inpainting model: give it an image, and a mask of what to draw anew")
+        return course, None
+    assert len(starts) == len(pictures), "some pictures are to be changed, and some begin with noise"
+    images = torch.stack(starts).to(device).float() / 127.5 - 1
+    latents = first_stage.encode(images)  # type: ignore[operator]
+    whole = torch.ones(images.shape[-2:], dtype=torch.bool)
+    masks = torch.stack([whole if p.mask is None else p.mask for p in pictures])[:, None].to(device).float()
+    small = F.interpolate(masks, size=latents.shape[-2:])
+    if told_masks:
+        kept = first_stage.encode(images * (1 - masks))  # type: ignore[operator]
+        # Without a strength, all is drawn from noise: the network is told what stays.
+        return (course if course.strength is None else replace(course, image=latents)), torch.cat([small, kept], dim=1)
+    keep = None if all(p.mask is None for p in pictures) else small < 0.5
+    return replace(course, image=latents, keep=keep), None
 
 
 @dataclass(frozen=True)

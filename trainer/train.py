@@ -66,9 +66,10 @@ def run(config: Any) -> None:
         train(config, world, resources)
 
 
-def begin(state: RunState, init_from: Any) -> None:
-    """Go on from the run's newest checkpoint; without one, from the weights of `init_from`, or from nothing."""
-    if state.restore() or init_from is None:
+def begin(state: RunState, init_from: Any, adapter: Any = None) -> None:
+    """Go on from the run's newest checkpoint; without one, from the weights of `init_from`, or from nothing. Adapters
+    begin as nothing beside them."""
+    if state.restore() or init_from is None or adapter:
         return
     source = {"path": init_from} if isinstance(init_from, str) else init_from
     for report in InitFrom(**source).apply(state.engine):
@@ -123,7 +124,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
         plain,
         data.replan,
     )
-    begin(state, config.init_from)
+    begin(state, config.init_from, config.get("adapter"))
     if world.is_main:
         directory.write_config(plain)
         directory.rewind(state.step)

@@ -313,11 +313,13 @@ BENCHMARKS = [f"bench={path.stem}" for path in sorted((ROOT / "bench").glob("*.y
         ("index", "shards=x"),
         ("curate", "shards=x"),
         ("sample", "source=x"),
+        ("export", "source=x out=y"),
+        ("import", "source=x name=y"),
         *(("bench", benchmark) for benchmark in BENCHMARKS),
     ],
 )
 def test_every_job_passes_its_own_check(job, needed):
-    check(compose(job, [needed]), import_module(cli.JOBS[job][0]).Config)
+    check(compose(job, needed.split()), import_module(cli.JOBS[job][0]).Config)
 
 
 @pytest.mark.parametrize(

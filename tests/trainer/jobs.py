@@ -1,5 +1,6 @@
 """The `train` job on the session's gloo ranks: as a command line would compose it, without the start of processes."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from tests.trainer.ranks import ranks
 from trainer.distributed import World
 from trainer.train import Config, train
 
+QUICK = [
+    *("engine.precision=fp32", "data.workers=0", "data.log_keys=true"),
+    *("log.every=1", "log.wandb=null", "validation.every=null", "samples.every=null", "rehearse=false"),
+]
 # No text, two blocks, a few steps.
 SMALL = [
     "conditioner=none",
@@ -20,15 +25,18 @@ SMALL = [
     *("model.num_layers=2", "model.attention_head_dim=16", "model.num_attention_heads=2"),
     *("model.joint_attention_dim=64", "model.pooled_projection_dim=64", "model.pos_embed_max_size=16"),
     *("buckets=tiny", "batch=8", "lanes=4", "steps=4", "ema=none"),
-    *("engine.precision=fp32", "data.workers=0", "data.log_keys=true"),
-    *("log.every=1", "log.wandb=null", "validation.every=null", "samples.every=null", "rehearse=false"),
+    *QUICK,
 ]
 
 
-def train_on(world: int, folder: Path, *overrides: str) -> list[dict]:
-    """Train a run of `folder` to its end on so many ranks; the rows of its metrics.jsonl. `name=` is an override."""
+def train_on(world: int, folder: Path, *overrides: str, small: Sequence[str] = SMALL) -> list[dict]:
+    """Train a run of `folder` to its end on so many ranks; the rows of its metrics.jsonl. `name=` is an override.
+
+    Args:
+        small: what makes it so; QUICK leaves the networks to the overrides.
+    """
     shared = [f"runs={folder}/runs", f"data.cache_folder={folder}/cache"]
-    ranks(world).run(_train, [*SMALL, *shared, *overrides])
+    ranks(world).run(_train, [*small, *shared, *overrides])
     (name,) = (value.removeprefix("name=") for value in overrides if value.startswith("name="))
     return read_jsonl(folder / "runs" / name / "metrics.jsonl")
 

@@ -16,19 +16,29 @@ from models.text_training import CaptionConditioner
 
 # Architectures of published models, whose files a login node may not have. Of Stable Diffusion 3's encoders, see its
 # paper (arXiv 2403.03206, appendix B.3); CLIP's are those of arXiv 2103.00020, table 20.
+_VIT_L = {
+    **{"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768},
+    **{"num_hidden_layers": 12, "num_attention_heads": 12},
+}
+_VIT_BIG_G = {
+    **{"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "hidden_act": "gelu"},
+    **{"num_hidden_layers": 32, "num_attention_heads": 20},
+}
 _PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
-    ("stabilityai/stable-diffusion-3-medium-diffusers", "text_encoder"): {
-        **{"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768},
-        **{"num_hidden_layers": 12, "num_attention_heads": 12},
-    },
-    ("stabilityai/stable-diffusion-3-medium-diffusers", "text_encoder_2"): {
-        **{"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "hidden_act": "gelu"},
-        **{"num_hidden_layers": 32, "num_attention_heads": 20},
-    },
+    ("stabilityai/stable-diffusion-3-medium-diffusers", "text_encoder"): _VIT_L,
+    ("stabilityai/stable-diffusion-3-medium-diffusers", "text_encoder_2"): _VIT_BIG_G,
     ("stabilityai/stable-diffusion-3-medium-diffusers", "text_encoder_3"): {
         **{"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24},
         **{"vocab_size": 32128, "feed_forward_proj": "gated-gelu"},
     },
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "text_encoder"): _VIT_L,
+    ("stabilityai/stable-diffusion-2-1", "text_encoder"): {
+        **{"hidden_size": 1024, "intermediate_size": 4096, "hidden_act": "gelu"},
+        **{"num_hidden_layers": 23, "num_attention_heads": 16},
+    },
+    ("stabilityai/stable-diffusion-xl-base-1.0", "text_encoder"): _VIT_L,
+    ("stabilityai/stable-diffusion-xl-base-1.0", "text_encoder_2"): _VIT_BIG_G,
+    ("stabilityai/stable-diffusion-xl-refiner-1.0", "text_encoder_2"): _VIT_BIG_G,
     ("openai/clip-vit-large-patch14", ""): {
         **{"hidden_size": 1024, "intermediate_size": 4096, "projection_dim": 768, "patch_size": 14},
         **{"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224},
@@ -97,7 +107,7 @@ def planned_conditioner(config: Any, held: bool) -> PlannedConditioner:
 def _encoder(node: Any, path: str) -> Encoder:
     kind = target(node["_target_"], path)
     if kind is ClipEncoder:
-        return _clip(_architecture(node, path, "CLIPTextConfig"), node.length)
+        return _clip(_architecture(node, path, "CLIPTextConfig"), node.length, node.get("pooled", True))
     if kind is T5Encoder:
         return _t5(_architecture(node, path, "T5Config"), node.length, node.get("pooled", False))
     if kind is ImageEncoder:
@@ -122,16 +132,18 @@ def _architecture(node: Any, path: str, kind: str) -> Any:
         ) from error
 
 
-def _clip(config: Any, length: int) -> Skeleton:
-    from transformers import CLIPTextModelWithProjection
+def _clip(config: Any, length: int, pooled: bool) -> Skeleton:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    model: Any = CLIPTextModelWithProjection(config)
+    model: Any = (CLIPTextModelWithProjection if pooled else CLIPTextModel)(config)
 
     def run(n: int) -> Outputs:
         output = model(torch.zeros(n, length, dtype=torch.long), output_hidden_states=True)
-        return output.hidden_states[-2].float(), output.text_embeds.float()
+        states = output.hidden_states[-2].float()  # of the last layer's shape, too
+        return states, output.text_embeds.float() if pooled else states[:, 0, :0]
 
-    return Skeleton(run, model, (length, config.hidden_size, config.projection_dim), shares_positions=True)
+    shape = (length, config.hidden_size, config.projection_dim if pooled else 0)
+    return Skeleton(run, model, shape, shares_positions=True)
 
 
 def _t5(config: Any, length: int, pooled: bool) -> Skeleton:

@@ -244,6 +244,7 @@ class _Zero:
         meta = shared.is_meta(network)
         ready = {} if meta else {n: p.detach().float().clone() for n, p in network.named_parameters()}
         ds_config = _ds_config(config, network, device)
+        shared.cast_frozen_weights(network, shared.compute_dtype(config.precision))
         _allocate(network, shared.compute_dtype(config.precision), device, ds_config)
         parameters = dict(network.named_parameters())
         torch_optimizer = optimizer.build((p, kinds[n]) for n, p in parameters.items())

@@ -133,6 +133,7 @@ class FSDPEngine:
         if self.config.activation_checkpointing:
             shared.checkpoint_blocks(network)
         dtype = shared.compute_dtype(self.config.precision)
+        shared.cast_frozen_weights(network, dtype)
         for module in (*shared.blocks_of(network), network):
             fully_shard(
                 module,

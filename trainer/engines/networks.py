@@ -93,6 +93,16 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 
+def cast_frozen_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Bring what a trained network holds fixed, its `frozen_weights`, to the compute type: they are buffers, of which
+    there are no masters."""
+    names: tuple[str, ...] = getattr(network, "frozen_weights", ())
+    for name in names:
+        prefix, _, leaf = name.rpartition(".")
+        module = network.get_submodule(prefix)
+        module._buffers[leaf] = module._buffers[leaf].to(dtype)  # type: ignore[union-attr]
+
+
 def is_meta(network: nn.Module) -> bool:
     """Whether the network's parameters are still to be filled.
 

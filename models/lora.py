@@ -1,0 +1,292 @@
+"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv 2106.09685): a network's weights stay, and beside chosen matrices W
+two thin ones are learned, so that W x becomes W x + (alpha / rank) B A x.
+
+In an adapted network the adapters are the only parameters, and the network's own weights are buffers: an engine shards,
+saves and averages the former, and holds the latter in the type that it computes in. Files have the names of diffusers'
+modules, in the layout of the peft library, which diffusers reads.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.pretrained import ComponentFolder, Pretrained
+from models.tensor_files import open_file, read_json, some, write_json
+
+# peft's file, and the one that diffusers' pipelines look for.
+PEFT_FILE, DIFFUSERS_FILE, CONFIG_FILE = (
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_config.json",
+)
+_PEFT_PREFIX = "base_model.model."
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """What is adapted, and how.
+
+    Args:
+        base: component's folder of the weights that stay; None: what `init_from` names.
+        rank: of the adapters.
+        alpha: their factor is alpha / rank.
+        targets: which matrices have one: ends of diffusers' names of their modules. MMDiT's text stream has
+            add_q_proj, add_k_proj, add_v_proj and to_add_out.
+    """
+
+    base: str | None = None
+    rank: int = 16
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION))
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}: an adapter's rank is at least 1")
+        if not self.targets:
+            raise ValueError("targets is empty: name modules to adapt, such as to_q")
+
+    def adapt(self, network: nn.Module, base: str) -> nn.Module:
+        """The network with adapters, on the device that it is on; `init_buffers` reads its own weights from `base`.
+
+        Raises:
+            ValueError: no module of the network has such a name.
+        """
+        assert isinstance(network, Pretrained), f"{type(network).__name__} has no counterpart in diffusers"
+        adapted = False
+        for name, module in list(network.named_modules()):
+            if type(module) is not nn.Linear:
+                continue
+            parts = _modules_of(network, f"{name}.weight", module.weight)
+            chosen = [i for i, part in enumerate(parts) if any(f".{part}".endswith(f".{t}") for t in self.targets)]
+            if chosen:
+                network.set_submodule(name, AdaptedLinear(module, len(parts), chosen, self.rank, self.alpha))
+                adapted = True
+        if not adapted:
+            raise ValueError(f"adapter.targets={self.targets}: {type(network).__name__} has no such modules")
+        frozen = []
+        for prefix, module in network.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not isinstance(module, AdaptedLinear):
+                    delattr(module, name)
+                    module.register_buffer(name, parameter.detach())
+                    frozen.append(f"{prefix}.{name}" if prefix else name)
+            if isinstance(module, AdaptedLinear):
+                frozen += [f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False)]
+        kind = type(network)
+        network.__class__ = type(f"Adapted{kind.__name__}", (_Adapted, kind), {})
+        network.lora, network.base, network.frozen_weights = self, base, tuple(frozen)  # type: ignore[assignment]
+        return network
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer whose own weights stay, with an adapter on some of the matrices that are stacked in it.
+
+    Args:
+        linear: the layer.
+        parts: matrices stacked in its weight (query, key, value).
+        chosen: numbers of those with an adapter.
+        rank, alpha: see `LoRA`.
+    """
+
+    def __init__(self, linear: nn.Linear, parts: int, chosen: list[int], rank: int, alpha: float) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.parts, self.chosen, self.rank, self.scale = parts, chosen, rank, alpha / rank
+        self.register_buffer("weight", linear.weight.detach())
+        self.register_buffer("bias", linear.bias.detach() if linear.bias is not None else None)
+        count, device = len(chosen), linear.weight.device
+        self.lora_down = nn.Parameter(torch.empty(count * rank, linear.in_features, device=device))
+        self.lora_up = nn.Parameter(torch.empty(count * linear.out_features // parts, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        count = len(self.chosen)
+        hidden = F.linear(x, self.lora_down).unflatten(-1, (count, self.rank))
+        up = self.lora_up.unflatten(0, (count, -1))
+        added = self.scale * torch.einsum("...cr,cor->...co", hidden, up)
+        own = F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+        if count == self.parts:
+            return own + added.flatten(-2)
+        pieces = list(own.unflatten(-1, (self.parts, -1)).unbind(-2))
+        for i, piece in zip(self.chosen, added.unbind(-2), strict=True):
+            pieces[i] = pieces[i] + piece
+        return torch.cat(pieces, dim=-1)
+
+
+class _Adapted(nn.Module):
+    """What an adapted network does otherwise."""
+
+    lora: LoRA
+    base: str
+    frozen_weights: tuple[str, ...]
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """A as torch's own layers, B zero: the network begins as it was."""
+        if name.endswith("lora_up"):
+            tensor.zero_()
+        else:
+            nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
+
+    @torch.no_grad()
+    def init_buffers(self) -> None:
+        """Read the network's own weights."""
+        super().init_buffers()  # type: ignore[misc]
+        folder = ComponentFolder(self.base)
+        own = dict(self.named_buffers())
+        for name in self.frozen_weights:
+            try:
+                value = self.from_diffusers(name, folder.read)  # type: ignore[operator]
+            except KeyError as error:
+                raise ValueError(f"{self.base} lacks {error.args[0]}, which the model to adapt has") from error
+            if value.shape != own[name].shape:
+                raise ValueError(
+                    f"{self.base}: {name} is {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
+                )
+            own[name].copy_(value)
+
+    def learning_rate_factor(self, name: str) -> float:
+        """Of every adapter: 1."""
+        return 1.0
+
+
+@dataclass
+class Adapter:
+    """Adapters by the names of diffusers' modules.
+
+    Args:
+        down, up: A (rank, in) and B (out, rank) of each module; convolutions have two more dimensions.
+        alphas: of each module.
+    """
+
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+    alphas: dict[str, float]
+
+    @classmethod
+    def of(cls, network: nn.Module, tensors: Mapping[str, Tensor]) -> "Adapter":
+        """Of an adapted network, which may be on the meta device.
+
+        Args:
+            tensors: its parameters, by name.
+        """
+        adapter = cls({}, {}, {})
+        for name, module in network.named_modules():
+            if not isinstance(module, AdaptedLinear):
+                continue
+            parts = _modules_of(network, f"{name}.weight", torch.empty_like(module.weight, device="meta"))  # type: ignore[arg-type]
+            count = len(module.chosen)
+            down, up = tensors[f"{name}.lora_down"].chunk(count), tensors[f"{name}.lora_up"].chunk(count)
+            for i, a, b in zip(module.chosen, down, up, strict=True):
+                adapter.down[parts[i]], adapter.up[parts[i]] = a, b
+                adapter.alphas[parts[i]] = network.lora.alpha  # type: ignore[union-attr, assignment]
+        return adapter
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Adapter":
+        """A folder of peft's or diffusers' layout, or a file of either.
+
+        Raises:
+            ValueError: there is none, or it holds adapters of another kind, or of text encoders.
+        """
+        path = Path(folder)
+        file = next((f for f in (path, path / PEFT_FILE, path / DIFFUSERS_FILE) if f.is_file()), None)
+        if file is None:
+            raise ValueError(f"{path} holds no adapters: neither {PEFT_FILE} nor {DIFFUSERS_FILE}")
+        source = open_file(file)
+        config = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+        adapter, unknown = cls({}, {}, {}), []
+        for name in source.names():
+            module = name.removeprefix(_PEFT_PREFIX).removeprefix("unet.").removeprefix("transformer.")
+            for side, found in ((".lora_A.weight", adapter.down), (".lora_B.weight", adapter.up)):
+                if module.endswith(side):
+                    found[module.removesuffix(side)] = source.read(name).float()
+                    break
+            else:
+                if module.endswith(".alpha"):
+                    adapter.alphas[module.removesuffix(".alpha")] = float(source.read(name))
+                else:
+                    unknown.append(name)
+        if unknown or adapter.down.keys() != adapter.up.keys() or not adapter.down:
+            raise ValueError(
+                f"{file} is no LoRA of a denoiser in peft's names: it has {some(unknown or source.names())}"
+            )
+        for module, down in adapter.down.items():
+            adapter.alphas.setdefault(module, float(config.get("lora_alpha", len(down))))
+        return adapter
+
+    def save(self, folder: Path, component: str, base: str) -> None:
+        """Write the files that peft and diffusers read.
+
+        Args:
+            component: "unet" or "transformer".
+            base: whose adapters they are.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {
+            f"{module}.lora_{side}.weight": tensor.contiguous()
+            for side, tensors in (("A", self.down), ("B", self.up))
+            for module, tensor in tensors.items()
+        }
+        modules = sorted(self.down)
+        first = modules[0]
+        config: dict[str, Any] = {
+            **{"peft_type": "LORA", "base_model_name_or_path": base, "task_type": None, "inference_mode": True},
+            **{"r": len(self.down[first]), "lora_alpha": self.alphas[first], "lora_dropout": 0.0, "bias": "none"},
+            **{"target_modules": modules, "rank_pattern": {}, "alpha_pattern": {}},
+        }
+        save_file({_PEFT_PREFIX + name: t for name, t in named.items()}, folder / PEFT_FILE, {"format": "pt"})
+        write_json(folder / CONFIG_FILE, config)
+        told = {
+            f"{component}.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
+        }
+        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}
+        save_file({f"{component}.{name}": t for name, t in named.items()}, folder / DIFFUSERS_FILE, metadata)
+
+    @torch.no_grad()
+    def merge_into(self, network: nn.Module, scale: float = 1.0) -> None:
+        """Add the adapters to a network's own weights.
+
+        Raises:
+            ValueError: the network lacks some of the modules, or they are of other sizes.
+        """
+        assert isinstance(network, Pretrained), f"{type(network).__name__} has no counterpart in diffusers"
+        left = set(self.down)
+        for name, tensor in network.state_dict().items():
+            if not name.endswith(".weight"):
+                continue
+            shapes = {k: v.shape for k, v in network.to_diffusers(name, tensor.to("meta")).items()}
+            if not any(key.removesuffix(".weight") in left for key in shapes):
+                continue
+            tensor += network.from_diffusers(name, self._reader(shapes, scale)).to(tensor)
+            left -= {key.removesuffix(".weight") for key in shapes}
+        if left:
+            raise ValueError(f"the adapters are for modules that {type(network).__name__} lacks: {some(sorted(left))}")
+
+    def _reader(self, shapes: Mapping[str, torch.Size], scale: float) -> Callable[[str], Tensor]:
+        def read(name: str) -> Tensor:
+            module = name.removesuffix(".weight")
+            if module not in self.down:
+                return torch.zeros(shapes[name])
+            down, up = self.down[module], self.up[module]
+            change = (up.flatten(1).float() @ down.flatten(1).float()) * (scale * self.alphas[module] / len(down))
+            if change.numel() != shapes[name].numel():
+                raise ValueError(
+                    f"the adapter of {module} is for a matrix of {tuple(change.shape)}, not {tuple(shapes[name])}"
+                )
+            return change.view(shapes[name])
+
+        return read
+
+
+def _modules_of(network: Any, name: str, weight: Tensor) -> list[str]:
+    """diffusers' modules whose matrices lie stacked in our weight."""
+    return [part.removesuffix(".weight") for part in network.to_diffusers(name, weight.detach().to("meta"))]

@@ -1,0 +1,186 @@
+"""`millrace import` and `millrace export`: folders that diffusers opens and draws the same pictures with."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conf.compose import compose
+from conf.schema import check
+from models.guidance import Guidance
+from models.pipeline_folder import PipelineFolder
+from tests.models import tiny_pipelines
+from tests.trainer.jobs import QUICK, train_on
+from tools import cli
+from tools.demo.scenes import write_tars
+from trainer.engines.networks import prepare_frozen
+from trainer.loading import load_model
+from trainer.sample import sampler_of
+from trainer.sampling import OwnSampler, Picture, SamplingDraws, draw_pass
+from trainer.train import Config as TrainConfig
+
+KINDS = {
+    "sd1": tiny_pipelines.sd1,
+    "sdxl": tiny_pipelines.sdxl,
+    "refiner": tiny_pipelines.refiner,
+    "sd3": tiny_pipelines.sd3,
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folders: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = KINDS[kind](tmp_path_factory.mktemp(kind))
+            # What a release to come may write.
+            file = folders[kind] / PipelineFolder(folders[kind]).denoiser / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"a_key_of_next_year": [1, 2]}))
+        return folders[kind]
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    pipeline = PipelineFolder(folder)
+    networks = [name for name in pipeline.components if not name.startswith(("tokenizer", "scheduler"))]
+    sources = {name: pipeline.tensors(name) for name in networks}
+    return {f"{name}.{key}": source.read(key) for name, source in sources.items() for key in source.names()}
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@kinds
+def test_a_pipeline_comes_back_from_import_and_export(kind, made, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    assert cli.execute(["import", f"source={made(kind)}", "name=it", f"runs={runs}"]) == 0
+    assert cli.execute(["export", f"source={runs}/it", f"out={out}"]) == 0
+    assert_same_weights(out, made(kind))
+    before, after = PipelineFolder(made(kind)), PipelineFolder(out)
+    assert after.index == before.index
+    for name in before.components:
+        assert after.config(name) == before.config(name), name
+
+
+@kinds
+def test_a_file_in_the_authors_layout_comes_back_as_the_folder(kind, made, tmp_path, capsys):
+    file, beside = tmp_path / "original.safetensors", tmp_path / "original-of-another.safetensors"
+    beside.write_text("kept")
+    assert cli.execute(["export", f"source={made(kind)}", f"out={file}"]) == 0
+    command = ["import", f"source={file}", f"runs={tmp_path}/runs"]
+    assert cli.execute([*command, "name=it", f"like={made(kind)}"]) == 0
+    assert_same_weights(tmp_path / "runs" / "it", made(kind))
+    assert beside.read_text() == "kept"
+    diffusers.DiffusionPipeline.from_pretrained(tmp_path / "runs" / "it")
+    # It lies there, and is not written over.
+    assert cli.execute([*command, "name=it", f"like={made(kind)}"]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_are_written_in_another_type_and_in_shards(dtype, made, tmp_path):
+    command = ["export", f"source={made('sd3')}", f"dtype={dtype}", "shard_bytes=40000"]
+    assert cli.execute([*command, f"out={tmp_path}/out"]) == 0
+    assert (tmp_path / "out/transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
+    opened = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "out/transformer", torch_dtype="auto")
+    kept = weights(made("sd3"))
+    for name, tensor in opened.state_dict().items():
+        assert torch.equal(tensor, kept[f"transformer.{name}"].to(getattr(torch, dtype)).to(tensor.dtype)), name
+    assert {t.dtype for t in weights(tmp_path / "out").values()} == {getattr(torch, dtype)}
+
+
+def tuned(folder: Path, tmp_path: Path, name: str, *overrides: str) -> Path:
+    """A run that begins with imported weights."""
+    write_tars(tmp_path / "scenes", 20, seed=0)
+    data = [f"data.sources.scenes.shards={tmp_path}/scenes", "buckets=square", "buckets.size=16"]
+    steps = ["steps=2", "batch=4", "lanes=2", *overrides]
+    train_on(1, tmp_path, f"name={name}", f"experiment={folder}/experiment.yaml", *data, *steps, small=QUICK)
+    return tmp_path / "runs" / name
+
+
+@kinds
+def test_an_imported_model_is_trained_on_and_drawn_by_diffusers(kind, made, tmp_path):
+    """Full fine-tuning: weights that begin as the imported ones, and end in a pipeline that draws what we draw."""
+    assert cli.execute(["import", f"source={made(kind)}", "name=base", f"runs={tmp_path}/runs"]) == 0
+    run = tuned(tmp_path / "runs/base", tmp_path, "tuned", "schedule.lr=0.001", "ema=none")
+    assert cli.execute(["export", f"source={run}", f"out={tmp_path}/out"]) == 0
+    ours, theirs = PipelineFolder(tmp_path / "out"), PipelineFolder(made(kind))
+    assert ours.index == theirs.index | {"_diffusers_version": ours.index["_diffusers_version"]}
+    assert ours.config("scheduler") == theirs.config("scheduler")
+    assert ours.config(ours.denoiser)["a_key_of_next_year"] == [1, 2]
+    before, after = weights(made(kind)), weights(tmp_path / "out")
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {ours.denoiser}
+
+    loaded = load_model(run)
+    if kind == "refiner":
+        return
+    shape = loaded.networks["first_stage"].latent_shape(16, 16)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        "a red circle",
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=SamplingDraws([0]).normal("sampling/start", shape),
+        height=16,
+        width=16,
+        output_type="pt",
+    ).images
+    pictures = [Picture("a red circle", 0, 16, 16)]
+    exported = load_model(tmp_path / "out")
+    sampler = sampler_of(OwnSampler(4), exported)
+    for name, network in loaded.networks.items():
+        prepare_frozen(name, network, False, "fp32", 0, torch.device("cpu"))
+    images = draw_pass(loaded.networks, loaded.process, sampler, Guidance(3.0), pictures, torch.device("cpu"))
+    assert (torch.stack(images).float() / 255 - expected).abs().mean() < 1 / 255
+
+
+def test_a_run_without_a_pipeline_gives_components_and_says_why(tmp_path, capsys):
+    write_tars(tmp_path / "scenes", 20, seed=0)
+    train_on(1, tmp_path, "name=run", f"data.sources.scenes.shards={tmp_path}/scenes", "steps=1")
+    assert cli.execute(["export", f"source={tmp_path}/runs/run", f"out={tmp_path}/out"]) == 0
+    assert "components alone" in (told := capsys.readouterr().out) and "AbsentEncoder" in told
+    opened = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "out/transformer")
+    assert (
+        load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors").keys() == opened.state_dict().keys()
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["transformer"]
+    assert cli.execute(["export", f"source={tmp_path}/runs/run", f"out={tmp_path}/one.safetensors"]) == 2
+    assert "whole pipeline" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_sentence_each(made, tmp_path, capsys):
+    runs = f"runs={tmp_path}/runs"
+    for more, named in [
+        ([f"source={tmp_path}/nothing"], "neither a folder nor a file"),
+        ([f"source={made('sd1')}", f"like={made('sd1')}"], "like: "),
+        ([f"source={made('sd1')}", "name=../x"], "no folder within"),
+    ]:
+        assert cli.execute(["import", "name=x", runs, *more]) == 2
+        assert named in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "x").exists()
+    assert cli.execute(["train", f"experiment={tmp_path}/no.yaml"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_an_experiment_of_a_file_gives_way_to_the_command_line(made, tmp_path):
+    assert cli.execute(["import", f"source={made('sd3')}", "name=it", f"runs={tmp_path}"]) == 0
+    experiment = f"experiment={tmp_path}/it/experiment.yaml"
+    config = compose("train", [experiment])
+    check(config, TrainConfig)
+    assert config.model.num_layers == 3 and config.process.shift == 3.0
+    assert config.init_from.networks.denoiser == "transformer"
+    config = compose("train", [experiment, "model=mmdit", "process.shift=2.0", "sampler=heun"])
+    assert config.model.num_layers == 4 and config.process.shift == 2.0
+    assert config.sampler._target_.endswith("Heun")

@@ -1,0 +1,226 @@
+"""The `export` job: a run, or a pipeline, as a folder that diffusers opens or as one file in the authors' layout."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from conf.errors import ConfigError
+from models.first_stage import FirstStage
+from models.lora import Adapter
+from models.original.checkpoint import to_original
+from models.pipeline_folder import INDEX, TRANSFORMERS_STEM, PipelineFolder, stem_of
+from models.pretrained import DIFFUSERS_VERSION, ComponentFolder, Pretrained, save
+from models.tensor_files import Meta, write_file, write_json, write_stem
+from models.text import TextEncoder
+from tools.importing import converted, is_network, rewrite
+from trainer.engines.networks import prepare_frozen
+from trainer.loading import Loaded, average_of, config_of_checkpoint, find_checkpoint, load_adapter, load_model
+from trainer.networks import adapter_base
+from trainer.published import INDEX as ENTRIES
+from trainer.published import TEXT_ENCODERS, pipeline_of, scheduler_of
+
+_FAMILIES = {
+    "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl_refiner",
+}
+
+
+@dataclass
+class Config:
+    """conf/export.yaml, whose comments explain the keys."""
+
+    source: str
+    out: str
+    average: str
+    adapters: list[str]
+    merge: bool
+    dtype: Literal["float32", "bfloat16", "float16"]
+    shard_bytes: PositiveInt
+
+
+def run(config: Any) -> None:
+    """Write the folder or the file, and say what of the source is not in it."""
+    out = Path(config.out)
+    single = out.suffix == ".safetensors"
+    if out.exists() and (single or any(out.iterdir())):
+        raise ConfigError(f"out={out}: this is there already; give another name, or remove it.")
+    folder = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        notes = _write_folder(config, folder)
+        if single:
+            notes += _write_single(folder, out)
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+            folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for note in notes:
+        print(note)
+    print(f"{out}: {PipelineFolder(out).kind if (out / INDEX).exists() else 'weights of ' + config.source}")
+
+
+def _write_folder(config: Any, folder: Path) -> list[str]:
+    source = Path(config.source)
+    if (source / INDEX).is_file():
+        if not config.adapters:
+            return _write_pipeline(PipelineFolder(source), folder, config)
+    elif not config.merge:
+        path = find_checkpoint(source)
+        trained = config_of_checkpoint(path)
+        if trained.get("adapter"):
+            return _write_adapters(path, trained, folder, config)
+    loaded = load_model(source, config.average, exact=True)
+    for one in config.adapters:
+        Adapter.load(one).merge_into(loaded.networks["denoiser"])
+    return _write_model(loaded, folder, config)
+
+
+def _write_adapters(path: Path, trained: Any, folder: Path, config: Any) -> list[str]:
+    """What a run has trained beside weights that stay."""
+    if config.adapters:
+        raise ConfigError("adapters: this run's own are exported alone; set merge=true to put all into the weights.")
+    adapter = load_adapter(path, trained, average_of(path, config.average))
+    base = adapter_base(trained)
+    component = "transformer" if "Transformer" in ComponentFolder(base).config["_class_name"] else "unet"
+    adapter.save(folder, component, base)
+    return [f"Adapters for {base}, whose weights are not in it (merge=true: with them)."]
+
+
+def _write_pipeline(pipeline: PipelineFolder, folder: Path, config: Any) -> list[str]:
+    """A pipeline once more, in the wanted type: its components are copied, weights a tensor at a time."""
+    for name in pipeline.components:
+        networks = is_network(name)
+        unread = shutil.ignore_patterns("*.safetensors*", "*.bin", "*.msgpack") if networks else None
+        shutil.copytree(pipeline.path / name, folder / name, ignore=unread)
+        if networks:
+            rewrite(pipeline.tensors(name), folder / name, stem_of(name), config.dtype, config.shard_bytes)
+    write_json(folder / INDEX, pipeline.index)
+    return []
+
+
+def _write_model(loaded: Loaded, folder: Path, config: Any) -> list[str]:
+    """Networks of a run: a pipeline, or components alone where diffusers has no pipeline of them."""
+    denoiser: Any = loaded.networks["denoiser"]
+    conditioner: Any = loaded.networks["conditioner"]
+    autoencoder = _autoencoder(loaded)
+    kind, reason = pipeline_of(denoiser, conditioner)
+    scheduler: dict[str, Any] = {}
+    if kind is not None and autoencoder is None:
+        kind, reason = None, f"diffusers has no class for {type(loaded.networks['first_stage']).__name__}"
+    if kind is not None:
+        try:
+            scheduler = scheduler_of(loaded.config["process"], kind)
+        except ValueError as error:
+            kind, reason = None, str(error)
+    if not isinstance(denoiser, Pretrained):
+        raise ConfigError(f"source: diffusers has no class for {type(denoiser).__name__}; there is nothing to export.")
+
+    part = "transformer" if "Transformer" in denoiser.diffusers_class else "unet"
+    before = _came_from(loaded.config)
+    if denoiser.config.get("sample_size") is None:
+        first_stage: Any = loaded.networks["first_stage"]
+        denoiser.config["sample_size"] = loaded.size[0] // first_stage.downsampling
+    if before is not None and before.components.get(part) == denoiser.diffusers_class:
+        denoiser.config = {**before.config(part), **denoiser.config}
+    _save(denoiser, folder / part, config)
+    if autoencoder is not None:
+        _save(autoencoder, folder / "vae", config)
+    if kind is None:
+        return [f"Not a pipeline, but components alone, without text encoders and scheduler: {reason}."]
+
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION, **ENTRIES[kind]}
+    if "XL" in kind:
+        index["force_zeros_for_empty_prompt"] = conditioner.dropped == "zeros"
+    index[part] = ["diffusers", denoiser.diffusers_class]
+    index["vae"] = ["diffusers", autoencoder.diffusers_class]
+    for name, encoder in zip(TEXT_ENCODERS[kind], conditioner.numbered(), strict=True):
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        index[name] = index[tokenizer] = [None, None]
+        if isinstance(encoder, TextEncoder):
+            index[name], index[tokenizer] = _save_text(encoder, folder, name, tokenizer, config)
+    if before is not None and before.kind == kind and _samples_the_same(before.config("scheduler"), scheduler):
+        scheduler = before.config("scheduler")
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    write_json(folder / INDEX, index)
+    return []
+
+
+def _autoencoder(loaded: Loaded) -> Any:
+    """The first stage's network with its weights; None where diffusers has no class for it."""
+    first_stage: Any = loaded.networks["first_stage"]
+    if not isinstance(getattr(first_stage, "autoencoder", None), nn.Module):
+        return None
+    assert isinstance(first_stage, FirstStage)
+    prepare_frozen("first_stage", first_stage, False, "fp32", loaded.seed, torch.device("cpu"))
+    return first_stage.autoencoder
+
+
+def _came_from(config: dict[str, Any]) -> PipelineFolder | None:
+    """The pipeline that a run's weights began as, if it is still there: its configs may have keys that we lack."""
+    source = config.get("init_from")
+    path = source.get("path") if isinstance(source, dict) else source
+    adapted = (config.get("adapter") or {}).get("base")
+    path = adapted or path
+    return PipelineFolder(path) if path and (Path(path) / INDEX).is_file() else None
+
+
+def _samples_the_same(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    keys = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "num_train_timesteps", "shift")
+    return all(theirs.get(key) == ours[key] for key in keys if key in ours)
+
+
+def _save(network: Any, folder: Path, config: Any) -> None:
+    save(network, folder, dtype=getattr(torch, config.dtype), shard_bytes=config.shard_bytes)
+
+
+def _save_text(
+    encoder: TextEncoder, folder: Path, name: str, tokenizer: str, config: Any
+) -> tuple[list[str | None], list[str | None]]:
+    """A text encoder and its tokenizer; returns their classes, for model_index.json."""
+    model: Any = encoder.model
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder / name)
+    state = {_published(key): tensor for key, tensor in model.state_dict().items()}
+    state.pop("encoder.embed_tokens.weight", None)  # T5's second name for its embeddings
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from state.items()
+
+    layout = {key: converted(Meta(t.dtype, tuple(t.shape)), config.dtype) for key, t in state.items()}
+    write_stem(folder / name, TRANSFORMERS_STEM, layout, tensors(), config.shard_bytes)
+    encoder.tokenizer.save_pretrained(folder / tokenizer)
+    return ["transformers", type(model).__name__], ["transformers", type(encoder.tokenizer).__name__]
+
+
+def _published(name: str) -> str:
+    """A text encoder's name as in published files, which releases of transformers before 5.6 need."""
+    bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
+    return f"text_model.{name}" if bare else name
+
+
+def _write_single(folder: Path, out: Path) -> list[str]:
+    """The folder's networks as one file in the authors' layout."""
+    if not (folder / INDEX).is_file():
+        raise ConfigError(f"out={out}: the authors' layout holds a whole pipeline, which this is not; give a folder.")
+    pipeline = PipelineFolder(folder)
+    kind = _FAMILIES.get(pipeline.kind)
+    if kind is None:
+        linear = pipeline.config("unet").get("use_linear_projection", False)
+        kind = "sd2" if linear else "sd1"
+    parts = [name for name in pipeline.components if is_network(name)]
+    layout, tensors, left_out = to_original(
+        kind, {name: pipeline.tensors(name) for name in parts}, {name: pipeline.config(name) for name in parts}
+    )
+    write_file(out, layout, tensors)
+    notes = ["Tokenizers and scheduler have no place in one file."]
+    return notes + ([f"Neither have {len(left_out)} tensors, such as {left_out[0]}."] if left_out else [])

@@ -1,0 +1,190 @@
+"""diffusers' pipelines and our configs: what a folder holds, as a run would describe it, and what a run holds, as a
+pipeline of diffusers would."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from models.pipeline_folder import PipelineFolder
+from models.pretrained import CLASSES, ComponentFolder
+
+Node = dict[str, Any]
+"""A part of a config: `_target_` and the arguments of what it builds."""
+
+
+def config_of(folder: PipelineFolder) -> dict[str, Node]:
+    """ "model", "first_stage", "conditioner", "process" and "sampler" of a Stable Diffusion 1, 2, XL, refiner or 3
+    pipeline.
+
+    Raises:
+        ValueError: another pipeline, or a component or setting of one that is not implemented.
+    """
+    describe = _CONDITIONERS.get(folder.kind)
+    if describe is None:
+        raise ValueError(
+            f"{folder.path} is a {folder.kind or 'pipeline of no class'}; known are {', '.join(_CONDITIONERS)}"
+        )
+    model = network_node(denoiser_of(folder))
+    autoencoder = network_node(ComponentFolder(folder.path / "vae"))
+    return {
+        "model": model,
+        "first_stage": {
+            "_target_": "models.first_stage.KLFirstStage",
+            "folder": str(folder.path / "vae"),
+            "autoencoder": autoencoder,
+        },
+        "conditioner": describe(folder, model),
+        "process": process_node(folder.config("scheduler")),
+        "sampler": sampler_node(folder.config("scheduler")),
+    }
+
+
+def denoiser_of(folder: PipelineFolder) -> ComponentFolder:
+    """The denoiser's component. Channels that it reads and does not predict (masks, pictures) lie beside the latent,
+    which diffusers' configuration does not tell."""
+    component = ComponentFolder(folder.path / folder.denoiser)
+    beside = component.config.get("in_channels", 0) - component.config.get("out_channels", 0)
+    if beside > 0:
+        component.config.setdefault("concat_channels", beside)
+    return component
+
+
+def network_node(component: ComponentFolder) -> Node:
+    """The network of a component's folder; what of its configuration says nothing here is left out."""
+    network: Any = component.on_meta()
+    cls = CLASSES[network.diffusers_class]
+    takes = inspect.signature(cls).parameters
+    return {"_target_": f"{cls.__module__}.{cls.__qualname__}"} | {
+        key: value for key, value in network.config.items() if key in takes
+    }
+
+
+# Text encoders
+
+
+def _clip(folder: PipelineFolder, number: str, layer: str, pooled: bool) -> Node:
+    return {
+        "_target_": "models.text.ClipEncoder",
+        "model": str(folder.path),
+        "subfolder": f"text_encoder{number}",
+        "tokenizer_subfolder": f"tokenizer{number}",
+        "length": folder.config(f"tokenizer{number}").get("model_max_length", 77),
+        "layer": layer,
+        "pooled": pooled,
+    }
+
+
+def _conditioner(encoders: list[Node], dropped: str, **more: Any) -> Node:
+    return {"_target_": "models.conditioner.Conditioner", "encoders": encoders, "dropped": dropped, **more}
+
+
+def _sd(folder: PipelineFolder, model: Node) -> Node:
+    return _conditioner([_clip(folder, "", "last", pooled=False)], "empty")
+
+
+def _sdxl(folder: PipelineFolder, model: Node) -> Node:
+    encoders = [_clip(folder, "", "penultimate", pooled=False)] if "text_encoder" in folder.components else []
+    sizes = {"_target_": "models.conditioner.SizeIds"}
+    if folder.index.get("requires_aesthetics_score", False):
+        sizes["aesthetic"] = "aesthetic_score"
+    dropped = "zeros" if folder.index.get("force_zeros_for_empty_prompt", True) else "empty"
+    return _conditioner([*encoders, _clip(folder, "_2", "penultimate", pooled=True)], dropped, sizes=sizes)
+
+
+def _sd3(folder: PipelineFolder, model: Node) -> Node:
+    encoders = [_clip(folder, number, "penultimate", pooled=True) for number in ("", "_2")]
+    width = model["joint_attention_dim"]
+    if "text_encoder_3" in folder.components:
+        t5 = {"_target_": "models.text.T5Encoder", "model": str(folder.path), "subfolder": "text_encoder_3"}
+        encoders.append(t5 | {"tokenizer_subfolder": "tokenizer_3"})
+    else:
+        absent = {"_target_": "models.conditioner.AbsentEncoder", "length": encoders[0]["length"], "width": width}
+        encoders.append(absent)
+    # These pipelines sample with the encoding of "" as the unconditional one.
+    return _conditioner(encoders, "empty", context_dim=width)
+
+
+_CONDITIONERS: Mapping[str, Callable[[PipelineFolder, Node], Node]] = {
+    "StableDiffusionPipeline": _sd,
+    "StableDiffusionImg2ImgPipeline": _sd,
+    "StableDiffusionInpaintPipeline": _sd,
+    "StableDiffusionXLPipeline": _sdxl,
+    "StableDiffusionXLImg2ImgPipeline": _sdxl,
+    "StableDiffusionXLInpaintPipeline": _sdxl,
+    "StableDiffusion3Pipeline": _sd3,
+    "StableDiffusion3Img2ImgPipeline": _sd3,
+    "StableDiffusion3InpaintPipeline": _sd3,
+}
+
+# Schedulers
+
+PREDICTIONS = {"epsilon": "Noise", "v_prediction": "V", "sample": "Image"}
+
+
+def process_node(scheduler: Mapping[str, Any]) -> Node:
+    """The process that a network was trained with, of its scheduler's configuration.
+
+    Raises:
+        ValueError: a schedule that is not implemented; names the setting.
+    """
+    kind = scheduler.get("_class_name", "")
+    if kind.startswith("FlowMatch"):
+        return _process("RectifiedFlow", {}, "Velocity", "LogitNormal", scheduler.get("shift", 1.0))
+    schedule = scheduler.get("beta_schedule", "linear")
+    if schedule != "scaled_linear":
+        raise ValueError(f"scheduler: beta_schedule {schedule!r} of {kind} is not implemented")
+    for key in ("rescale_betas_zero_snr", "trained_betas"):
+        if scheduler.get(key):
+            raise ValueError(f"scheduler: {key}={scheduler[key]} of {kind} is not implemented")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"scheduler: prediction_type {prediction!r} is none of {', '.join(PREDICTIONS)}")
+    path = {
+        "beta_start": scheduler.get("beta_start", 0.0001),
+        "beta_end": scheduler.get("beta_end", 0.02),
+        "steps": scheduler.get("num_train_timesteps", 1000),
+    }
+    return _process("ScaledLinear", path, PREDICTIONS[prediction], "Uniform")
+
+
+def _process(path: str, options: Node, parameterization: str, density: str, shift: float = 1.0) -> Node:
+    return {
+        "_target_": "models.process.Process",
+        "path": {"_target_": f"models.schedules.{path}", **options},
+        "parameterization": {"_target_": f"models.parameterizations.{parameterization}"},
+        "density": {"_target_": f"models.densities.{density}"},
+        "weight": {"_target_": "models.weighting.Unweighted"},
+        "shift": shift,
+    }
+
+
+_SAMPLERS = {
+    "PNDMScheduler": "PLMS",
+    "DDIMScheduler": "DDIM",
+    "EulerDiscreteScheduler": "Euler",
+    "DPMSolverMultistepScheduler": "DPMSolverPP2M",
+}
+
+
+def sampler_node(scheduler: Mapping[str, Any], steps: int = 50) -> Node:
+    """The sampler that a scheduler's configuration describes; Euler's method on the same times where there is no
+    counterpart of it here."""
+    kind = scheduler.get("_class_name", "")
+    if kind.startswith("FlowMatch"):
+        # Its last time before 0 is 1 of 1000 levels, shifted; the grid shifts it once more.
+        shift = scheduler.get("shift", 1.0)
+        last = shift / (1000 + shift - 1)
+        grid = {"_target_": "models.samplers.UniformTimes", "last": last}
+        return {"_target_": "models.samplers.Euler", "steps": steps, "grid": grid}
+    default = "linspace" if kind in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler") else "leading"
+    to_image = (
+        True if kind not in ("PNDMScheduler", "DDIMScheduler") else scheduler.get("set_alpha_to_one", kind[0] == "D")
+    )
+    grid = {
+        "_target_": "models.samplers.DiscreteTimes",
+        "spacing": scheduler.get("timestep_spacing", default),
+        "offset": scheduler.get("steps_offset", 0),
+        "train_steps": scheduler.get("num_train_timesteps", 1000),
+        "to_image": to_image,
+    }
+    return {"_target_": f"models.samplers.{_SAMPLERS.get(kind, 'Euler')}", "steps": steps, "grid": grid}

@@ -1,0 +1,89 @@
+"""What of a run diffusers has classes for: its pipeline, its scheduler, and what has no counterpart there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from models.conditioner import AbsentEncoder, Conditioner, Encoder
+from models.text import ClipEncoder, T5Encoder
+from trainer.pipelines import PREDICTIONS
+
+# Pipelines by diffusers' class: components of the text encoders, in the conditioner's order.
+TEXT_ENCODERS = {
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+    "StableDiffusionXLImg2ImgPipeline": ("text_encoder_2",),
+    "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2", "text_encoder_3"),
+}
+_NONE = [None, None]
+# What else stands in model_index.json.
+INDEX: Mapping[str, Mapping[str, Any]] = {
+    "StableDiffusionPipeline": {
+        **{"safety_checker": _NONE, "feature_extractor": _NONE, "image_encoder": _NONE},
+        "requires_safety_checker": False,
+    },
+    "StableDiffusionXLPipeline": {"feature_extractor": _NONE, "image_encoder": _NONE},
+    "StableDiffusionXLImg2ImgPipeline": {
+        **{"feature_extractor": _NONE, "image_encoder": _NONE, "text_encoder": _NONE, "tokenizer": _NONE},
+        "requires_aesthetics_score": True,
+    },
+    "StableDiffusion3Pipeline": {"feature_extractor": _NONE, "image_encoder": _NONE},
+}
+
+
+def pipeline_of(denoiser: Any, conditioner: Any) -> tuple[str | None, str]:
+    """diffusers' pipeline for a denoiser under a conditioner; None, and why, where there is none."""
+    if not isinstance(conditioner, Conditioner) or conditioner.learned or len(conditioner.map_list()):
+        return None, f"{type(conditioner).__name__} makes conditions that no pipeline of diffusers knows"
+    encoders, sizes = conditioner.numbered(), conditioner.sizes
+    kind, count = getattr(denoiser, "diffusers_class", None), len(encoders)
+    clips = [one for one in encoders if isinstance(one, ClipEncoder)]
+    if kind == "SD3Transformer2DModel" and sizes is None and _are_sd3(encoders):
+        return "StableDiffusion3Pipeline", ""
+    if kind == "UNet2DConditionModel" and len(clips) == count:
+        layers = [(one.layer, one.pooled_width > 0) for one in clips]
+        if sizes is None and layers == [("last", False)]:
+            return "StableDiffusionPipeline", ""
+        if sizes is not None and sizes.aesthetic is None and layers == [("penultimate", False), ("penultimate", True)]:
+            return "StableDiffusionXLPipeline", ""
+        if sizes is not None and sizes.aesthetic is not None and layers == [("penultimate", True)]:
+            return "StableDiffusionXLImg2ImgPipeline", ""
+    names = ", ".join(type(one).__name__ for one in encoders) or "no encoder"
+    return None, f"diffusers has no pipeline of {kind or type(denoiser).__name__} under {names}"
+
+
+def _are_sd3(encoders: Sequence[Encoder]) -> bool:
+    if len(encoders) != 3 or not all(isinstance(one, ClipEncoder) and one.pooled_width for one in encoders[:2]):
+        return False
+    return isinstance(encoders[2], AbsentEncoder) or (isinstance(encoders[2], T5Encoder) and not encoders[2].masked)
+
+
+def scheduler_of(process: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
+    """The configuration of the scheduler that samples what was trained with a process.
+
+    Args:
+        process: its description in a config.
+        pipeline: diffusers' class.
+
+    Raises:
+        ValueError: diffusers has no such scheduler; names the part of the process.
+    """
+    path, predicts = process["path"], process["parameterization"]["_target_"].rpartition(".")[2]
+    kind = path["_target_"].rpartition(".")[2]
+    if kind == "RectifiedFlow" and predicts == "Velocity":
+        shift = process.get("shift", 1.0)
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
+    by_prediction = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    if kind != "ScaledLinear" or predicts not in by_prediction:
+        raise ValueError(f"process: diffusers has no scheduler for {predicts} on the path {kind}")
+    betas = {
+        "num_train_timesteps": path.get("steps", 1000),
+        "beta_schedule": "scaled_linear",
+        "beta_start": path.get("beta_start", 0.00085),
+        "beta_end": path.get("beta_end", 0.012),
+        "prediction_type": by_prediction[predicts],
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    }
+    if "XL" in pipeline:
+        return {"_class_name": "EulerDiscreteScheduler", **betas, "interpolation_type": "linear"}
+    return {"_class_name": "DDIMScheduler", **betas, "clip_sample": False, "set_alpha_to_one": False}
