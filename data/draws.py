@@ -35,6 +35,11 @@ class Draws:
         assert self.seed == other.seed, "draws of two runs cannot be fused"
         return Draws(self.seed, self.places + other.places)
 
+    @property
+    def step(self) -> int:
+        """Of the samples, which are all of one step."""
+        return self.places[0][0]
+
     def seeds(self, purpose: str) -> list[int]:
         """One 63-bit generator seed per sample."""
         code = text64(purpose)

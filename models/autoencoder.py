@@ -1,20 +1,44 @@
 """The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, appendix G).
 
 A convolutional encoder halves the image's sides between its levels and gives mean and log variance of each latent; the
-decoder mirrors it, one residual block deeper. Both attend over all positions once, at the coarsest level. Modules carry
-the names of diffusers' AutoencoderKL, so its weights are ours as they are.
+decoder mirrors it, one residual block deeper. Both attend over all positions at the coarsest level, and after every
+residual block of the levels that are to. Modules carry the names of diffusers' AutoencoderKL, so its weights are ours
+as they are.
 
 Shapes: n samples, C channels, f the downsampling factor.
 """
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.flops import forward_flops
+
 EPS = 1e-6
+# Types of levels, as diffusers names them: whether they attend.
+DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
+UP_BLOCKS = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+
+
+class Reconstruction(NamedTuple):
+    """What an autoencoder makes of n images in training.
+
+    Args:
+        images: (n, out_channels, H, W).
+        latents: (n, C, H/f, W/f) float32, as a denoiser would see them, unscaled: sampled, or not yet quantised.
+        penalty: (n,) float32 that regularises the latents: the Kullback-Leibler divergence from a standard normal,
+            summed over a sample's latents; or the codebook's loss, averaged over them.
+        codes: (n, H/f, W/f) int64, indices into the codebook; None where there is none.
+    """
+
+    images: Tensor
+    latents: Tensor
+    penalty: Tensor
+    codes: Tensor | None
 
 
 class DiagonalGaussian(NamedTuple):
@@ -27,6 +51,11 @@ class DiagonalGaussian(NamedTuple):
         """The latents that standard normal noise (n, C, H, W) picks."""
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
+    def divergence(self) -> Tensor:
+        """(n,) Kullback-Leibler divergence from a standard normal, summed over each sample's latents."""
+        square = self.mean.square() + self.log_variance.exp() - 1 - self.log_variance
+        return 0.5 * square.flatten(1).sum(1)
+
 
 class AutoencoderKL(nn.Module):
     """Images to latents and back. Keys, defaults and outputs are those of diffusers' AutoencoderKL.
@@ -35,10 +64,15 @@ class AutoencoderKL(nn.Module):
         in_channels: channels of the images to encode.
         out_channels: channels of the images decoded.
         block_out_channels: channels of the levels, from fine to coarse; f is 2 ** (levels - 1).
+        down_block_types: of the encoder's levels, from fine to coarse: DownEncoderBlock2D, or AttnDownEncoderBlock2D,
+            which attends after each residual block. None: none attends.
+        up_block_types: of the decoder's, from coarse to fine: UpDecoderBlock2D or AttnUpDecoderBlock2D. None: those
+            that mirror the encoder's.
         layers_per_block: residual blocks of an encoder level; the decoder's have one more.
         latent_channels: channels of the latents.
         norm_num_groups: groups of every group norm.
-        scaling_factor: multiplies the latents, after the shift, for the denoiser (see models/first_stage.py).
+        scaling_factor: multiplies the latents, after the shift, for the denoiser (see models/first_stage.py); None
+            where it is not known yet.
         shift_factor: subtracted from the latents for the denoiser.
         use_quant_conv: a 1 x 1 convolution after the encoder (SD 1, 2 and XL; not SD3).
         use_post_quant_conv: the same before the decoder.
@@ -46,7 +80,9 @@ class AutoencoderKL(nn.Module):
     """
 
     diffusers_class: str = "AutoencoderKL"
+    component: ClassVar[str] = "vae"  # in a pipeline's folder
     block_lists: ClassVar[tuple[str, ...]] = ("encoder.down_blocks", "decoder.up_blocks")
+    float32_inputs: ClassVar[tuple[str, ...]] = ("noise",)
     own_config: ClassVar[dict[str, Any]] = {}
 
     def __init__(
@@ -57,22 +93,21 @@ class AutoencoderKL(nn.Module):
         layers_per_block: int = 1,
         latent_channels: int = 4,
         norm_num_groups: int = 32,
-        scaling_factor: float = 0.18215,
+        scaling_factor: float | None = 0.18215,
         shift_factor: float | None = None,
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
+        down_block_types: list[str] | None = None,
+        up_block_types: list[str] | None = None,
     ) -> None:
         super().__init__()
-        widths = list(block_out_channels or [64])
-        for width in widths:
-            if width % norm_num_groups:
-                raise ValueError(f"block_out_channels: {width} does not divide into norm_num_groups={norm_num_groups}")
+        widths, down, up = levels(block_out_channels, norm_num_groups, down_block_types, up_block_types)
         self.config: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
-            "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-            "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+            "down_block_types": down,
+            "up_block_types": up,
             "act_fn": "silu",
             "block_out_channels": widths,
             "layers_per_block": layers_per_block,
@@ -86,16 +121,18 @@ class AutoencoderKL(nn.Module):
         }
         self.latent_channels = latent_channels
         self.downsampling = 2 ** (len(widths) - 1)
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor or 0.0
         depth, groups, attention = layers_per_block, norm_num_groups, mid_block_add_attention
-        self.encoder = Encoder(in_channels, 2 * latent_channels, widths, depth, groups, attention)
-        self.decoder = Decoder(latent_channels, out_channels, widths, depth + 1, groups, attention)
+        self.encoder = Encoder(in_channels, 2 * latent_channels, widths, down, depth, groups, attention)
+        self.decoder = Decoder(latent_channels, out_channels, widths, up, depth + 1, groups, attention)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Reconstructions (n, out_channels, H, W) of images, through latents sampled with `noise` (n, C, H/f, W/f)."""
-        return self.decode(self.encode(images).sample(noise))
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """Reconstructions of images, through latents sampled with `noise` (n, C, H/f, W/f), or through their means."""
+        encoded = self.encode(images)
+        posterior = DiagonalGaussian(encoded.mean.float(), encoded.log_variance.float())
+        latents = posterior.mean if noise is None else posterior.sample(noise)
+        return Reconstruction(self.decode(latents.to(encoded.mean.dtype)), latents, posterior.divergence(), None)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (n, in_channels, H, W) in [-1, 1] to the posterior of their latents, unscaled.
@@ -103,8 +140,7 @@ class AutoencoderKL(nn.Module):
         Raises:
             ValueError: the sides are not multiples of f.
         """
-        if images.shape[-2] % self.downsampling or images.shape[-1] % self.downsampling:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} must be multiples of {self.downsampling} a side")
+        check_sides(images, self.downsampling)
         moments = self.encoder(images)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
@@ -116,6 +152,10 @@ class AutoencoderKL(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
+
+    def flops(self, height: int, width: int) -> float:
+        """FLOPs of reconstructing one image of H x W."""
+        return forward_flops(type(self), self.config, (1, self.config["in_channels"], height, width))
 
     @torch.no_grad()
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -139,18 +179,54 @@ class AutoencoderKL(nn.Module):
         return read(name)
 
 
+def levels(
+    widths: list[int] | None, groups: int, down: list[str] | None, up: list[str] | None
+) -> tuple[list[int], list[str], list[str]]:
+    """Channels of the levels and the types of their blocks, with what is left out filled in.
+
+    Raises:
+        ValueError: channels that do not divide into groups, an unknown type, or not as many types as levels.
+    """
+    widths = list(widths or [64])
+    for width in widths:
+        if width % groups:
+            raise ValueError(f"block_out_channels: {width} does not divide into norm_num_groups={groups}")
+    down = list(down or ["DownEncoderBlock2D"] * len(widths))
+    mirrored = {attends: name for name, attends in UP_BLOCKS.items()}
+    up = list(up or [mirrored[DOWN_BLOCKS.get(name, False)] for name in reversed(down)])
+    for key, names, known in (("down_block_types", down, DOWN_BLOCKS), ("up_block_types", up, UP_BLOCKS)):
+        if unknown := sorted(set(names) - set(known)):
+            raise ValueError(f"{key}: {', '.join(unknown)} is not implemented; there are {', '.join(known)}")
+        if len(names) != len(widths):
+            raise ValueError(f"{key} has {len(names)} levels, block_out_channels {len(widths)}")
+    return widths, down, up
+
+
+def check_sides(images: Tensor, downsampling: int) -> None:
+    """Refuse images whose sides are not multiples of f, in a ValueError."""
+    if images.shape[-2] % downsampling or images.shape[-1] % downsampling:
+        raise ValueError(f"images of {tuple(images.shape[-2:])} must be multiples of {downsampling} a side")
+
+
 class Encoder(nn.Module):
     """Images to moments (n, channels, H/f, W/f): levels of residual blocks, halving in between, then the middle."""
 
     def __init__(
-        self, in_channels: int, channels: int, widths: list[int], depth: int, groups: int, attention: bool
+        self,
+        in_channels: int,
+        channels: int,
+        widths: list[int],
+        types: list[str],
+        depth: int,
+        groups: int,
+        attention: bool,
     ) -> None:
         super().__init__()
         self.conv_in = conv3(in_channels, widths[0])
         before = [widths[0], *widths[:-1]]
         self.down_blocks = nn.ModuleList(
-            DownBlock(c_in, c_out, depth, groups, halve=i < len(widths) - 1)
-            for i, (c_in, c_out) in enumerate(zip(before, widths, strict=True))
+            DownBlock(c_in, c_out, depth, groups, DOWN_BLOCKS[kind], halve=i < len(widths) - 1)
+            for i, (c_in, c_out, kind) in enumerate(zip(before, widths, types, strict=True))
         )
         self.mid_block = MiddleBlock(widths[-1], groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
@@ -168,7 +244,14 @@ class Decoder(nn.Module):
     """Latents to images: the middle, then levels of residual blocks, doubling in between."""
 
     def __init__(
-        self, channels: int, out_channels: int, widths: list[int], depth: int, groups: int, attention: bool
+        self,
+        channels: int,
+        out_channels: int,
+        widths: list[int],
+        types: list[str],
+        depth: int,
+        groups: int,
+        attention: bool,
     ) -> None:
         super().__init__()
         widths = widths[::-1]
@@ -176,8 +259,8 @@ class Decoder(nn.Module):
         self.mid_block = MiddleBlock(widths[0], groups, attention)
         before = [widths[0], *widths[:-1]]
         self.up_blocks = nn.ModuleList(
-            UpBlock(c_in, c_out, depth, groups, double=i < len(widths) - 1)
-            for i, (c_in, c_out) in enumerate(zip(before, widths, strict=True))
+            UpBlock(c_in, c_out, depth, groups, UP_BLOCKS[kind], double=i < len(widths) - 1)
+            for i, (c_in, c_out, kind) in enumerate(zip(before, widths, types, strict=True))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = conv3(widths[-1], out_channels)
@@ -191,31 +274,37 @@ class Decoder(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, then half the sides unless it is the last level."""
+    """Residual blocks, attention after each where asked for, then half the sides unless it is the last level."""
 
-    def __init__(self, c_in: int, c_out: int, depth: int, groups: int, halve: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, depth: int, groups: int, attention: bool, halve: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(depth))
+        self.attentions = nn.ModuleList(SpatialAttention(c_out, groups) for _ in range(depth if attention else 0))
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if halve else [])
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, H, W) to (n, c_out, H/2, W/2), or H, W at the last level."""
-        for module in (*self.resnets, *self.downsamplers):
+        for resnet, attention in zip_longest(self.resnets, self.attentions, fillvalue=nn.Identity()):
+            x = attention(resnet(x))
+        for module in self.downsamplers:
             x = module(x)
         return x
 
 
 class UpBlock(nn.Module):
-    """Residual blocks, then double the sides unless it is the last level."""
+    """Residual blocks, attention after each where asked for, then double the sides unless it is the last level."""
 
-    def __init__(self, c_in: int, c_out: int, depth: int, groups: int, double: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, depth: int, groups: int, attention: bool, double: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(depth))
+        self.attentions = nn.ModuleList(SpatialAttention(c_out, groups) for _ in range(depth if attention else 0))
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if double else [])
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, H, W) to (n, c_out, 2H, 2W), or H, W at the last level."""
-        for module in (*self.resnets, *self.upsamplers):
+        for resnet, attention in zip_longest(self.resnets, self.attentions, fillvalue=nn.Identity()):
+            x = attention(resnet(x))
+        for module in self.upsamplers:
             x = module(x)
         return x
 

@@ -4,8 +4,11 @@ A first stage has `channels` and a `downsampling` factor f, and takes images (n,
 (n, channels, H/f, W/f) of about unit variance, and back.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from models.autoencoder import AutoencoderKL
 from models.fingerprint import fingerprint
 from models.initialization import parameter_generator
 from models.pretrained import ComponentFolder
+from models.vq import VQModel
 
 
 class FirstStage(nn.Module, ABC):
@@ -62,22 +66,29 @@ class Identity(FirstStage):
         """There are none."""
 
 
-class KLFirstStage(FirstStage):
-    """The latents of an AutoencoderKL, shifted and scaled: (z - shift_factor) * scaling_factor.
+class AutoencoderFirstStage(FirstStage):
+    """The latents of an autoencoder, shifted and scaled: (z - shift_factor) * scaling_factor.
 
     Args:
         autoencoder: the autoencoder, filled or not.
-        folder: a diffusers component folder that `init_parameter` reads its weights from, so that an engine fills it
-            like any network. None draws random ones (tests, dry runs).
+        folder: a diffusers component folder, or a pipeline's or a run's folder that holds one, from which
+            `init_parameter` reads its weights, so that an engine fills it like any network, and its scaling factor
+            where the autoencoder has None. Without a folder, weights are drawn (tests, dry runs).
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, folder: str | None = None) -> None:
+    unread: ClassVar[tuple[str, ...]] = ("decoder", "post_quant_conv")
+    """Parts that `moments` does not depend on."""
+
+    def __init__(self, autoencoder: AutoencoderKL | VQModel, folder: str | None = None) -> None:
         super().__init__()
-        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.autoencoder: Any = autoencoder.requires_grad_(False).eval()
         self.folder = folder
         self.channels, self.downsampling = autoencoder.latent_channels, autoencoder.downsampling
+        config = autoencoder.config
+        self.scaling_factor: float = 1.0 if config["scaling_factor"] is None else config["scaling_factor"]
+        self.shift_factor: float = config.get("shift_factor") or 0.0
 
-    def train(self, mode: bool = True) -> "KLFirstStage":
+    def train(self, mode: bool = True) -> "AutoencoderFirstStage":
         """Stay in evaluation mode, whatever the mode."""
         return super().train(False)
 
@@ -85,16 +96,19 @@ class KLFirstStage(FirstStage):
         """See `FirstStage.encode`. Runs in the parameters' type; the sampling is in float32."""
         return self.sample(self.moments(images), noise)
 
-    def moments(self, images: Tensor) -> Tensor:
-        """What of images (n, 3, H, W) in [-1, 1] can be kept: mean and log variance of their latents, one after the
-        other, (n, 2 channels, H/f, W/f) in the parameters' type, neither shifted nor scaled."""
-        return torch.cat(self.autoencoder.encode(images.to(self._dtype)), dim=1)
+    @property
+    @abstractmethod
+    def moment_channels(self) -> int:
+        """Channels of `moments`."""
 
+    @abstractmethod
+    def moments(self, images: Tensor) -> Tensor:
+        """What of images (n, 3, H, W) in [-1, 1] can be kept, (n, moment_channels, H/f, W/f) in the parameters' type,
+        neither shifted nor scaled."""
+
+    @abstractmethod
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Moments, in whatever type they were kept, to what `encode` gives of the images; needs no parameters."""
-        mean, log_variance = moments.float().chunk(2, dim=1)
-        latents = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
-        return (latents - self.autoencoder.shift_factor) * self.autoencoder.scaling_factor
 
     def fingerprint(self, seed: int, device: torch.device) -> str:
         """Of all that `moments` depends on. The first stage may be on the meta device.
@@ -102,11 +116,10 @@ class KLFirstStage(FirstStage):
         Args:
             seed, device: by which random weights are drawn.
         """
-        unread = ("decoder", "post_quant_conv")
         return fingerprint(
             (name, self._first_value(name, parameter.shape, seed, device))
             for name, parameter in self.named_parameters()
-            if name.removeprefix("autoencoder.").partition(".")[0] not in unread
+            if name.removeprefix("autoencoder.").partition(".")[0] not in self.unread
         )
 
     def _first_value(self, name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
@@ -116,7 +129,7 @@ class KLFirstStage(FirstStage):
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `FirstStage.decode`. Runs in the parameters' type."""
-        latents = latents.float() / self.autoencoder.scaling_factor + self.autoencoder.shift_factor
+        latents = latents.float() / self.scaling_factor + self.shift_factor
         return self.autoencoder.decode(latents.to(self._dtype)).float()
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -135,6 +148,9 @@ class KLFirstStage(FirstStage):
     def init_buffers(self) -> None:
         """There are none."""
 
+    def _scale(self, latents: Tensor) -> Tensor:
+        return (latents - self.shift_factor) * self.scaling_factor
+
     @property
     def _dtype(self) -> torch.dtype:
         return self.autoencoder.encoder.conv_in.weight.dtype
@@ -142,12 +158,70 @@ class KLFirstStage(FirstStage):
     @cached_property
     def _weights(self) -> ComponentFolder:
         assert self.folder is not None
-        weights = ComponentFolder(self.folder)
+        folder = Path(self.folder)
+        if (folder / self.autoencoder.component / "config.json").is_file():
+            folder /= self.autoencoder.component
+        elif (folder / "checkpoints").is_dir():
+            raise ValueError(
+                f"first_stage.folder={folder} is a run that has not ended, or trains another network: one that has"
+                f" trained such an autoencoder to its last step holds {self.autoencoder.component}/"
+            )
+        weights = ComponentFolder(folder)
         weights.check(self.autoencoder)
-        for key in ("scaling_factor", "shift_factor"):
-            ours, theirs = self.autoencoder.config[key], weights.config.get(key, self.autoencoder.config[key])
-            if ours != theirs:
+        ours = self.autoencoder.config
+        kind = inspect.signature(type(self.autoencoder)).parameters
+        theirs = {
+            key: weights.config.get(key, kind[key].default) for key in ("scaling_factor", "shift_factor") if key in ours
+        }
+        if ours["scaling_factor"] is None:
+            self.scaling_factor, self.shift_factor = theirs["scaling_factor"], theirs.get("shift_factor") or 0.0
+            return weights
+        for key, value in theirs.items():
+            if key in weights.config and ours[key] != value:
                 raise ValueError(
-                    f"first_stage.autoencoder.{key} is {ours}, but {self.folder} was trained with {theirs}"
+                    f"first_stage.autoencoder.{key} is {ours[key]}, but {weights.path} was trained with {value}"
                 )
         return weights
+
+
+class KLFirstStage(AutoencoderFirstStage):
+    """The latents of an AutoencoderKL, sampled from their posterior. See `AutoencoderFirstStage`."""
+
+    def __init__(self, autoencoder: AutoencoderKL, folder: str | None = None) -> None:
+        super().__init__(autoencoder, folder)
+
+    @property
+    def moment_channels(self) -> int:
+        """Mean and log variance."""
+        return 2 * self.channels
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log variance of the latents, one after the other, (n, 2 channels, H/f, W/f)."""
+        return torch.cat(self.autoencoder.encode(images.to(self._dtype)), dim=1)
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `AutoencoderFirstStage.sample`."""
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        return self._scale(mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise)
+
+
+class VQFirstStage(AutoencoderFirstStage):
+    """The latents of a VQModel before they are quantised: `decode` quantises. See `AutoencoderFirstStage`."""
+
+    unread = ("decoder", "post_quant_conv", "quantize")
+
+    def __init__(self, autoencoder: VQModel, folder: str | None = None) -> None:
+        super().__init__(autoencoder, folder)
+
+    @property
+    def moment_channels(self) -> int:
+        """The latents themselves."""
+        return self.channels
+
+    def moments(self, images: Tensor) -> Tensor:
+        """The latents (n, channels, H/f, W/f)."""
+        return self.autoencoder.encode(images.to(self._dtype))
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `AutoencoderFirstStage.sample`; nothing of it is random."""
+        return self._scale(moments.float())

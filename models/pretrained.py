@@ -18,8 +18,9 @@ from models.autoencoder import AutoencoderKL
 from models.mmdit import MMDiT
 from models.tensor_files import SHARD_BYTES, Meta, SafetensorsFiles, open_stem, read_json, some, write_json, write_stem
 from models.unet import UNet
+from models.vq import VQModel
 
-CLASSES: dict[str, type[nn.Module]] = {cls.diffusers_class: cls for cls in (MMDiT, AutoencoderKL)}
+CLASSES: dict[str, type[nn.Module]] = {cls.diffusers_class: cls for cls in (MMDiT, AutoencoderKL, VQModel)}
 CLASSES |= dict.fromkeys(("UNet2DConditionModel", "UNet2DModel"), UNet)
 STEM = "diffusion_pytorch_model"
 # Written where a network did not come from a folder: the release whose layout this is.

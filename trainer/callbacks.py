@@ -48,9 +48,10 @@ class Log:
         """See `Callback`."""
         validating = self.validate is not None and due(step, self.validate_every, self.steps)
         if validating or due(step, self.every, self.steps):
-            updates = min(self.updates().values())
+            updates, phases = self.updates(), self.meter.phases
+            skipped = max(max(step - phase.start, 0) - updates[phase.name] for phase in phases)
             row: dict[str, Any] = self.meter.row(step)
-            row |= {"samples": updates * self.meter.global_batch, "skipped_steps": step - updates}
+            row |= {"samples": (step - skipped) * self.meter.global_batch, "skipped_steps": skipped}
             if validating and self.validate is not None:
                 with self.meter.pause():
                     row |= self.validate()

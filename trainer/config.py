@@ -140,6 +140,8 @@ def _check_callbacks(config: Any, objective: Objective, lengths: Collection[str]
         raise ConfigError(f"{kind} has no validation loss: set validation.every=null.")
     if config.samples.every is not None and not isinstance(objective, DrawsPictures):
         raise ConfigError(f"{kind} draws no pictures of prompts: set samples.every=null.")
+    if config.samples.every is not None and config.samples.prompts and not objective.draws_prompts:  # type: ignore[attr-defined]
+        raise ConfigError(f"{kind} draws no prompts, but held-out pictures anew: leave out samples.prompts.")
     for part in ("validation", "samples"):
         name = config[part].ema
         if name is not None and name not in lengths:

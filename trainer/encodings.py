@@ -25,7 +25,7 @@ from data.encoded import (
 from data.selection import Selection
 from data.tars import Source, TarData
 from models.conditioner import Conditioner
-from models.first_stage import KLFirstStage
+from models.first_stage import AutoencoderFirstStage
 from trainer.distributed import World
 
 
@@ -118,7 +118,7 @@ def wanted_encoding(
     latents, captions, images = None, [], []
     if first_stage is not None:
         stage = with_moments(first_stage)
-        latents = LatentSettings(stage.fingerprint(config.seed, device), 2 * stage.channels, stage.downsampling)
+        latents = LatentSettings(stage.fingerprint(config.seed, device), stage.moment_channels, stage.downsampling)
     if conditioner is not None:
         assert isinstance(conditioner, Conditioner)
         captions = _encoder_settings(conditioner, "captions")
@@ -163,13 +163,13 @@ def _encoder_settings(conditioner: Conditioner, reads: str) -> list[EncoderSetti
     ]
 
 
-def with_moments(first_stage: nn.Module) -> KLFirstStage:
+def with_moments(first_stage: nn.Module) -> AutoencoderFirstStage:
     """The first stage, if it has latents that can be kept.
 
     Raises:
         ConfigError: it has none.
     """
-    if not isinstance(first_stage, KLFirstStage):
+    if not isinstance(first_stage, AutoencoderFirstStage):
         kind = type(first_stage).__name__
         raise ConfigError(
             f"first_stage: {kind} has no latents to keep; take another (first_stage=kl_tiny for a trial), or set"

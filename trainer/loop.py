@@ -78,9 +78,9 @@ def fit(run: Run, step: int) -> int:
 
 
 def take_step(run: Run, step: int) -> bool:
-    """All phases of one step. Returns whether every gradient was finite."""
+    """All phases of one step that have begun. Returns whether every gradient was finite."""
     passes = run.arrange(run.loader.step(step))
-    finite = [take_phase(run, phase, step, passes) for phase in run.objective.phases]
+    finite = [take_phase(run, phase, step, passes) for phase in run.objective.phases if step >= phase.start]
     return all(finite)
 
 

@@ -28,6 +28,7 @@ def rehearse(
     slice_size: int,
     slices: int,
     arrange: Callable[[list[Batch]], list[Batch]],
+    steps: int,
     fields: Fields = lambda size, bucket: {},
     alive: Callable[[], None] = lambda: None,
 ) -> None:
@@ -38,6 +39,7 @@ def rehearse(
         slice_size: samples in a slice.
         slices: that a rank serves in a step; as many as one pass takes are rehearsed.
         arrange: slices to passes, as in training.
+        steps: of the run: its last step is rehearsed, for what begins late.
         fields: of samples that stand for none.
         alive: called after each shape: compiling takes long.
 
@@ -46,7 +48,8 @@ def rehearse(
         RuntimeError: torch's own: a block compiles too often.
     """
     for bucket in buckets:
-        first = arrange([blank(bucket, slice_size, lane, fields).to(engine.device) for lane in range(slices)])[0]
+        blanks = [blank(bucket, slice_size, lane, fields, steps - 1) for lane in range(slices)]
+        first = arrange([batch.to(engine.device) for batch in blanks])[0]
         for phase in objective.phases:
             try:
                 with engine.accumulating(phase, last=True):
@@ -62,12 +65,12 @@ def rehearse(
     log.info("rehearsed %d shapes", len(buckets))
 
 
-def blank(bucket: Bucket, size: int, lane: int = 0, fields: Fields = lambda size, bucket: {}) -> Batch:
+def blank(bucket: Bucket, size: int, lane: int = 0, fields: Fields = lambda size, bucket: {}, step: int = 0) -> Batch:
     """Black pictures without captions, in a bucket's shape, or zeros as their encoding; with `fields` of as many
     samples of the bucket. Their draws are some step's: draws are keyed, and drawing takes nothing from that step."""
     own = fields(size, bucket)
     return Batch(
-        draws=slice_draws(0, 0, lane, size),
+        draws=slice_draws(0, step, lane, size),
         keys=[""] * size,
         captions=[""] * size,
         images=torch.zeros(size, 0 if MOMENTS in own else 3, bucket.height, bucket.width, dtype=torch.uint8),

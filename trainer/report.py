@@ -8,20 +8,36 @@ from typing import Any
 from data.page import axes, document, figure_of, png_of
 from data.run_directory import RunDirectory, read_jsonl
 
-_SHOWN = ["step", "samples", "loss", "val/loss", "grad_norm", "samples_per_s", "data_wait", "mfu", "peak_memory_bytes"]
+_SHOWN = [
+    "step",
+    "samples",
+    "loss",
+    "val/loss",
+    "val/psnr",
+    "val/ssim",
+    "grad_norm",
+    "samples_per_s",
+    "data_wait",
+    "mfu",
+    "peak_memory_bytes",
+]
 
 
-def write_report(directory: RunDirectory, sections: Sequence[str] = ()) -> Path:
+def write_report(directory: RunDirectory, sections: Sequence[str] = (), stand_ins: Sequence[str] = ()) -> Path:
     """Write the page from what lies in the run directory.
 
     Args:
         sections: further HTML, put before the configuration.
+        stand_ins: what of the run stood in for the real thing, told at the top.
     """
     rows = read_jsonl(directory.metrics) if directory.metrics.exists() else []
-    parts = [f"<h1>{html.escape(directory.path.name)}</h1>", _summary(rows)]
+    parts = [f"<h1>{html.escape(directory.path.name)}</h1>"]
+    parts += [f"<p><strong>A stand-in: {html.escape(told)}.</strong></p>" for told in stand_ins]
+    parts.append(_summary(rows))
     if rows:
         parts.append(figure_of(loss_curve(rows), "Training loss, and validation loss at fixed times."))
-        parts.append(figure_of(_by_timestep(rows), "Loss by timestep (left: images, right: noise)."))
+        if any("loss_by_t/0" in row for row in rows):
+            parts.append(figure_of(_by_timestep(rows), "Loss by timestep (left: images, right: noise)."))
     sheets = sorted(directory.samples.glob("step_*.png"))
     for sheet in sheets[-3:]:
         parts.append(figure_of(sheet.read_bytes(), f"Samples, {sheet.stem.replace('_', ' ')}."))

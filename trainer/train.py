@@ -26,8 +26,10 @@ from trainer.init_from import InitFrom
 from trainer.loop import Callback, Run, fit
 from trainer.meter import Meter
 from trainer.networks import build_networks
+from trainer.objectives.base import Publishes
 from trainer.passes import Passes
 from trainer.phases import build_by_phase
+from trainer.publishing import publish
 from trainer.rehearsal import rehearse
 from trainer.report import write_report
 from trainer.samples import SampleGrid, pictures_for
@@ -104,6 +106,11 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     networks = build_networks(config, objective, split, world)
     if data.encoded is not None:
         networks |= use_encodings(config, data, networks, world)
+    stand_ins = [
+        f"{name}: {told}" for name, network in networks.items() if (told := getattr(network, "stand_in", None))
+    ]
+    for told in stand_ins:
+        log.warning("a stand-in, whose figures are not those of the real thing: %s", told)
     optimizers = build_by_phase(config.optimizer, objective.phases, "optimizer")
     schedules = build_by_phase(config.schedule, objective.phases, "schedule")
     engine = build(config.engine).build(networks, objective.phases, optimizers, config.seed, world.device)
@@ -168,7 +175,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     # The loop.
     callbacks.append(resources.enter_context(hang))
     if config.rehearse:
-        rehearse(objective, engine, shapes, slice_size, len(mine), arrange, data.blank_fields, hang.beat)
+        rehearse(objective, engine, shapes, slice_size, len(mine), arrange, config.steps, data.blank_fields, hang.beat)
     meter.flops_per_sample = sum(share * objective.flops(networks, shape) for shape, share in shares.items())
     peak = config.log.peak_flops or peak_flops(world.device)
     meter.peak_flops = peak * world.size if peak else None
@@ -195,5 +202,10 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
     if taken > state.step:
         save(taken)
     state.checkpointer.wait()
+    if taken == config.steps and isinstance(objective, Publishes):
+        first = state.segments.history[-1].start
+        with closing(split.loader(state.segments.plan, mine, workers=0)) as reading:
+            batches = [batch.to(world.device) for batch in arrange(reading.step(first))]
+        publish(config, objective, engine, ema, batches, state.checkpointer)
     if world.is_main:
-        log.info("%d of %d steps taken; report: %s", taken, config.steps, write_report(directory))
+        log.info("%d of %d steps taken; report: %s", taken, config.steps, write_report(directory, stand_ins=stand_ins))

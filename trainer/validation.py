@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from data.batch import Batch, PlannedSlice, fuse
 from data.hashing import mix64, text64
@@ -16,7 +18,7 @@ from trainer.callbacks import averaged
 from trainer.distributed import all_reduce_sum
 from trainer.ema import Ema
 from trainer.engines.base import Engine
-from trainer.objectives.base import Validates
+from trainer.objectives.base import Summarizes, Validates
 from trainer.rehearsal import Fields, blank
 
 log = logging.getLogger(__name__)
@@ -47,16 +49,27 @@ class Validation:
             length: the average whose weights to validate; None takes the weights themselves.
         """
         sums: dict[str, float] = defaultdict(float)
+        vectors: dict[str, Tensor] = {}
         with averaged(ema, length):
             for batch in self.batches:
                 counts = torch.tensor([key != "" for key in batch.keys], device=engine.device)
                 sums["count"] += float(counts.sum())
                 for name, values in objective.validation_losses(engine.networks, batch.to(engine.device)).items():
-                    sums[f"val/{name}"] += values[counts].double().sum().item()
+                    if values.ndim > 1:
+                        vectors[name] = vectors.get(name, 0) + values[counts].double().sum(0)
+                    else:
+                        sums[f"val/{name}"] += values[counts].double().sum().item()
                 self._alive()
         sums = all_reduce_sum(sums, engine.device)
         count = sums.pop("count")
-        return {name: total / count for name, total in sums.items()}
+        row = {name: total / count for name, total in sums.items()}
+        if vectors and isinstance(objective, Summarizes):
+            if dist.is_initialized():
+                for total in vectors.values():
+                    dist.all_reduce(total)
+            averages = {name: total / count for name, total in vectors.items()}
+            row |= {f"val/{name}": value for name, value in objective.summary(averages).items()}
+        return row
 
 
 def validation_samples(split: TarSplit, count: int) -> list[PlannedSlice]:

@@ -1,12 +1,16 @@
 """AutoencoderKL, against diffusers' class and published sizes."""
 
 import random
+import re
 
 import diffusers
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from conf.compose import ROOT
+from conf.schema import build
 from models.autoencoder import AutoencoderKL, DiagonalGaussian
 from models.initialization import initialize
 
@@ -16,6 +20,7 @@ def random_config(seed: int) -> dict:
     draw = random.Random(seed)
     groups = draw.choice([2, 4])
     widths = [groups * draw.choice([2, 3, 4]) for _ in range(draw.randint(1, 4))]
+    attends = [draw.random() < 0.4 for _ in widths]
     return {
         "in_channels": draw.randint(1, 4),
         "out_channels": draw.randint(1, 4),
@@ -28,6 +33,10 @@ def random_config(seed: int) -> dict:
         "use_quant_conv": draw.random() < 0.5,
         "use_post_quant_conv": draw.random() < 0.5,
         "mid_block_add_attention": draw.random() < 0.7,
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+        "up_block_types": draw.choice(
+            [None, ["AttnUpDecoderBlock2D" if draw.random() < 0.4 else "UpDecoderBlock2D" for _ in widths]]
+        ),
     }
 
 
@@ -52,12 +61,43 @@ def test_outputs_and_gradients_are_those_of_diffusers(seed):
     assert relative_error(posterior.log_variance, reference.logvar) <= 1e-5
 
     noise = torch.randn_like(posterior.mean)
-    decoded = ours(images, noise)
+    decoded = ours(images, noise).images
     their_decoded = theirs.decode(reference.mean + reference.std * noise).sample
     assert relative_error(decoded, their_decoded) <= 1e-5
     direction = torch.randn_like(decoded)
+    assert relative_error(ours(images, noise).penalty, reference.kl()) <= 1e-5
+    assert torch.equal(ours(images).latents, posterior.mean)
     ours_back, theirs_back = (torch.autograd.grad(out, images, direction)[0] for out in (decoded, their_decoded))
     assert relative_error(ours_back, theirs_back) <= 1e-4
+
+
+def test_attention_is_told_by_the_types_of_the_levels():
+    with torch.device("meta"):
+        network = AutoencoderKL(
+            block_out_channels=[8, 8],
+            norm_num_groups=4,
+            down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+        )
+    assert network.config["up_block_types"] == ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]
+    for wrong, says in ((["DownEncoderBlock2D"], "has 1 levels"), (["CrossAttnDownBlock2D"] * 2, "not implemented")):
+        with pytest.raises(ValueError, match=f"down_block_types.*{says}"):
+            AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, down_block_types=wrong)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "autoencoder").glob("*.yaml")))
+def test_shipped_autoencoders_have_the_size_that_their_comment_tells_and_that_of_diffusers(name):
+    text = (ROOT / "autoencoder" / f"{name}.yaml").read_text()
+    with torch.device("meta"):
+        ours = build(OmegaConf.create(text))
+        config = {key: value for key, value in ours.config.items() if key not in ours.own_config}
+        theirs = getattr(diffusers, ours.diffusers_class)(**config)
+    sizes = [{name: tuple(t.shape) for name, t in network.state_dict().items()} for network in (ours, theirs)]
+    assert sizes[0] == sizes[1]
+    told = re.search(r"([\d,]+) parameters", text)
+    if told:
+        assert sum(p.numel() for p in ours.parameters()) == int(told[1].replace(",", ""))
+    f = re.search(r"_f(\d+)", name)
+    assert f is None or ours.downsampling == int(f[1])
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,19 @@
 """First stages, against what diffusers' pipelines do around an autoencoder."""
 
-from pathlib import Path
+import json
 
 import diffusers
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
+from conf.compose import compose
+from conf.schema import build
 from models.autoencoder import AutoencoderKL
-from models.first_stage import Identity, KLFirstStage
+from models.first_stage import Identity, KLFirstStage, VQFirstStage
 from models.initialization import initialize
 from models.pretrained import save
+from models.vq import VQModel
 
-CONF = Path(__file__).parents[2] / "conf" / "first_stage"
 SMALL = {
     "block_out_channels": [8, 8],
     "norm_num_groups": 4,
@@ -82,11 +82,56 @@ def test_identity_is_the_pixels():
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("identity", (3, 64, 96)), ("kl_sd3", (16, 8, 12)), ("kl_sdxl", (4, 8, 12)), ("kl_tiny", (4, 16, 24))],
+    [
+        *[("identity", (3, 64, 96)), ("kl_sd3", (16, 8, 12)), ("kl_sdxl", (4, 8, 12)), ("kl_tiny", (4, 16, 24))],
+        *[("kl_f4", (3, 16, 24)), ("kl_f8", (4, 8, 12)), ("kl_f16", (16, 4, 6)), ("kl_f32", (64, 2, 3))],
+        *[("vq_f4", (3, 16, 24)), ("vq_f4_noattn", (3, 16, 24)), ("vq_f8", (4, 8, 12)), ("vq_f8_n256", (4, 8, 12))],
+        ("vq_f16", (8, 4, 6)),
+    ],
 )
 def test_shipped_configurations(name, shape):
-    config = OmegaConf.load(CONF / f"{name}.yaml")
-    if name != "identity":
-        config.folder = None
+    config = compose("train", [f"first_stage={name}", *([] if name == "identity" else ["first_stage.folder=null"])])
     with torch.device("meta"):
-        assert instantiate(config).latent_shape(64, 96) == shape
+        stage = build(config.first_stage)
+    assert stage.latent_shape(64, 96) == shape
+    assert name == "identity" or type(stage) is (VQFirstStage if name.startswith("vq") else KLFirstStage)
+
+
+def test_a_run_that_has_not_ended_is_told(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"is a run that has not ended.* holds vae/"):
+        filled_from(tmp_path)
+
+
+def test_the_scaling_of_a_folder_is_taken_where_none_is_given(tmp_path):
+    # As a pipeline has it, or a run: the component in a folder of its own.
+    save(initialize(AutoencoderKL(**SMALL), seed=4), tmp_path / "vae")
+    stage = filled_from(tmp_path, scaling_factor=None, shift_factor=None)
+    assert (stage.scaling_factor, stage.shift_factor) == (1.5, 0.06)
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    assert torch.equal(stage.encode(images), filled_from(tmp_path).encode(images))
+    # Folders of 2022 have no scaling factor: diffusers takes its class's default.
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    del config["scaling_factor"], config["shift_factor"]
+    (tmp_path / "vae/config.json").write_text(json.dumps(config))
+    assert filled_from(tmp_path, scaling_factor=None, shift_factor=None).scaling_factor == 0.18215
+
+
+def test_vq_latents_are_not_quantised_before_they_are_decoded(tmp_path):
+    small = {"block_out_channels": [8, 8], "norm_num_groups": 4, "num_vq_embeddings": 9, "scaling_factor": 2.0}
+    save(initialize(VQModel(**small), seed=4), tmp_path / "vqvae")
+    with torch.device("meta"):
+        stage = VQFirstStage(VQModel(**small), str(tmp_path))
+    stage = initialize(stage.to_empty(device="cpu"), seed=0)
+    theirs = diffusers.VQModel.from_pretrained(tmp_path / "vqvae")
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    latents = stage.encode(images, torch.randn(2, 3, 4, 6))
+    assert torch.allclose(latents, theirs.encode(images).latents * 2, atol=1e-6)
+    assert torch.equal(latents, stage.sample(stage.moments(images)))
+    assert torch.allclose(stage.decode(latents), theirs.decode(latents / 2).sample, atol=1e-5)
+    kept = stage.fingerprint(0, torch.device("cpu"))
+    with torch.no_grad():
+        theirs.quantize.embedding.weight.add_(1)
+        theirs.save_pretrained(tmp_path / "vqvae")
+    del stage._weights
+    assert stage.fingerprint(0, torch.device("cpu")) == kept  # codes change nothing of what is kept

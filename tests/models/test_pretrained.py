@@ -54,11 +54,20 @@ UNCONDITIONAL_UNET = {
     "attention_head_dim": 4,
     "norm_num_groups": 4,
 }
+VQ = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    "norm_num_groups": 4,
+    "num_vq_embeddings": 40,
+    "vq_embed_dim": 2,
+}
 THEIRS = {
     "mmdit": lambda: diffusers.SD3Transformer2DModel(**MMDIT),
     "autoencoder": lambda: diffusers.AutoencoderKL(**AUTOENCODER),
     "unet": lambda: diffusers.UNet2DConditionModel(**UNET),
     "unconditional unet": lambda: diffusers.UNet2DModel(**UNCONDITIONAL_UNET),
+    "vq": lambda: diffusers.VQModel(**VQ),
 }
 both = pytest.mark.parametrize("kind", THEIRS)
 

@@ -56,11 +56,11 @@ class Notes:
 
 def test_every_phase_meets_every_shape_and_drops_its_gradients():
     engine = Notes()
-    rehearse(TooLarge(), engine, [Bucket(64, 64), Bucket(32, 128)], 2, 3, lambda slices: slices)
+    rehearse(TooLarge(), engine, [Bucket(64, 64), Bucket(32, 128)], 2, 3, lambda slices: slices, 1)
     assert engine.passes == 4
     assert engine.discarded == ["generator", "discriminator"] * 2
 
 
 def test_a_shape_without_room_is_named():
     with pytest.raises(ValueError, match=r"a pass of 2 samples of 512x2048 does not fit.*lower pass_size"):
-        rehearse(TooLarge(), Notes(), [Bucket(64, 64), Bucket(512, 2048)], 2, 3, lambda slices: slices)
+        rehearse(TooLarge(), Notes(), [Bucket(64, 64), Bucket(512, 2048)], 2, 3, lambda slices: slices, 1)

@@ -15,7 +15,7 @@ from data.buckets import Bucket
 from data.encoded import EncoderSettings, Encoding, LatentSettings
 from data.fields import blank_fields
 from models.conditioner import Conditioner
-from models.first_stage import KLFirstStage
+from models.first_stage import AutoencoderFirstStage
 from tools.plan.encoders import planned_conditioner
 from tools.plan.fakes import ACTIVATIONS, GATHERED, GRADIENTS, STATES, Account, Fakes, fake_world
 from tools.plan.zero import Whole
@@ -105,7 +105,8 @@ def _rehearse(config: Any, objective: Objective, bucket: Bucket, arrange: Passes
         def fields(size: int, bucket: Bucket) -> dict[str, Any]:
             return (encoding.fields(size, bucket) if encoding is not None else {}) | blank_fields(own, size, bucket)
 
-        batch = arrange([blank(bucket, arrange.slice_size, lane, fields) for lane in range(slices)])[0]
+        blanks = [blank(bucket, arrange.slice_size, lane, fields, config.steps - 1) for lane in range(slices)]
+        batch = arrange(blanks)[0]
         batch_bytes = account.bytes(ACTIVATIONS)
         account.settle(STATES)
 
@@ -135,8 +136,8 @@ def _encoding(config: Any, networks: Mapping[str, nn.Module]) -> Encoding:
     """What slices come with that were encoded before: all that can be."""
     first_stage, conditioner = networks.get("first_stage"), networks.get("conditioner")
     latents = encoders = None
-    if isinstance(first_stage, KLFirstStage):
-        latents = LatentSettings("", 2 * first_stage.channels, first_stage.downsampling)
+    if isinstance(first_stage, AutoencoderFirstStage):
+        latents = LatentSettings("", first_stage.moment_channels, first_stage.downsampling)
     if isinstance(conditioner, Conditioner):
         every = conditioner.numbered()
         encoders = [

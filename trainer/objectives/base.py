@@ -23,10 +23,12 @@ class Phase:
         name: appears in logs and checkpoints.
         trainable: names of the networks that the phase updates; each belongs to at most one phase. Networks of no phase
             are frozen. While a phase runs, the other phases' networks are frozen too, but let gradients through.
+        start: the first step, counted from 0, that the phase takes part in.
     """
 
     name: str
     trainable: tuple[str, ...]
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Losses:
 
 
 class Objective(ABC):
-    """Networks and a batch to losses. What else an objective may do: `Validates`, `DrawsPictures`,
-    `DropsCaptions`.
+    """Networks and a batch to losses. What else an objective may do: `Validates`, `Summarizes`,
+    `DrawsPictures`, `DropsCaptions`, `Publishes`.
 
     Attributes:
         networks: names of all networks that it uses, trained and frozen; those of the configuration are built for it.
@@ -85,8 +87,25 @@ class Validates(Protocol):
 
 
 @runtime_checkable
+class Summarizes(Protocol):
+    """An objective that validates, and has numbers of all held-out samples together that are no averages of the
+    samples' own: how much of a codebook they use."""
+
+    def summary(self, averages: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """Numbers to be logged as `val/<name>`.
+
+        Args:
+            averages: over all samples, of those values of `validation_losses` that are vectors, (n, k) by name; they
+                are not logged themselves.
+        """
+
+
+@runtime_checkable
 class DrawsPictures(Protocol):
-    """An objective whose networks make pictures of prompts, for a run's sample grids."""
+    """An objective whose networks make pictures for a run's sample grids: of prompts, or of pictures."""
+
+    draws_prompts: bool
+    """Whether it draws what prompts ask for, or else needs pictures to draw anew."""
 
     def draw(
         self, networks: Mapping[str, nn.Module], pictures: Sequence[Picture], device: torch.device
@@ -103,4 +122,31 @@ class DropsCaptions(Protocol):
 
         Raises:
             ValueError: a setting is for another number of them.
+        """
+
+
+@dataclass(frozen=True)
+class Published:
+    """A network that other runs use.
+
+    Args:
+        network: its name in the run.
+        folder: in the run's folder, where it is written as a diffusers component.
+        config: what was measured of it, added to its configuration.
+    """
+
+    network: str
+    folder: str
+    config: dict[str, float]
+
+
+@runtime_checkable
+class Publishes(Protocol):
+    """An objective whose network other runs use, once it has been trained."""
+
+    def publish(self, networks: Mapping[str, nn.Module], batches: Sequence[Batch]) -> Published:
+        """What is to be known of the network. Collective; called without gradients.
+
+        Args:
+            batches: this rank's share of the run's first batch.
         """

@@ -35,6 +35,7 @@ class Diffusion(Objective):
     networks = ("denoiser", "conditioner", "first_stage")
     phases = (Phase("denoise", ("denoiser",)),)
     reads_encodings = True
+    draws_prompts = True
 
     def __init__(
         self,
