@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-cluster lint
+.PHONY: install demo test test-slow test-cluster lint
 install: $(VENV)/.installed
 # constraints.txt pins what was tested together; on a machine with CUDA the same line takes torch's CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -17,7 +17,11 @@ demo: install
 	$(BIN)/python -m tools.demo
 
 test: install
-	$(BIN)/python -m pytest -q -m "not cluster" tests
+	$(BIN)/python -m pytest -q -m "not slow and not cluster" tests
+
+# The longest: runs that are killed again and again, studies, intervals held against hundreds of fits.
+test-slow: install
+	$(BIN)/python -m pytest -q --durations=30 -m "slow and not cluster" tests
 
 # On a SLURM cluster of network namespaces that the tests start: as root, with Debian's packages.
 test-cluster: install
