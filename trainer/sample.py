@@ -109,7 +109,8 @@ def run(config: Any) -> None:
         out = Path(config.out)
         shared = {"source": loaded.source, "sampler": type(sampler).__name__, "steps": sampler.steps}
         shared["guidance"] = guidance.scale
-        shared |= {key: config[key] for key in ("adapters", "negative", "mask", "strength", "refiner") if config[key]}
+        shared |= {"adapters": list(config.adapters)} if config.adapters else {}
+        shared |= {key: config[key] for key in ("negative", "mask", "strength", "refiner") if config[key]}
         shared |= {"changed": config.image} if config.image else {}
         paths = [path for _, path in given for _ in range(config.each) if path is not None]
         for number, (picture, image) in enumerate(zip(pictures, images, strict=True)):

@@ -1,0 +1,166 @@
+"""LoRA: an adapted network against the merged one, and against diffusers and peft reading what we wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.initialization import initialize
+from models.lora import CONFIG_FILE, DIFFUSERS_FILE, PEFT_FILE, Adapter, LoRA
+from models.pipeline_folder import PipelineFolder
+from models.pretrained import load
+from tests.foreign import ask, install
+from tests.models import tiny_pipelines
+
+KINDS = {"sd1": tiny_pipelines.sd1, "sdxl": tiny_pipelines.sdxl, "sd3": tiny_pipelines.sd3}
+ALL = ["to_q", "to_v", "to_out.0", "ff.net.0.proj", "add_k_proj", "proj_in"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folders: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = KINDS[kind](tmp_path_factory.mktemp(kind))
+        return folders[kind]
+
+    return make
+
+
+def inputs(network: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:
+    drawn = torch.Generator().manual_seed(1)
+    config = network.config
+    width = config["joint_attention_dim" if kind == "sd3" else "cross_attention_dim"]
+    given = {
+        "x": torch.randn(2, 4, 8, 8, generator=drawn),
+        "timestep": torch.tensor([100.0, 700.0]),
+        "context": torch.randn(2, 5, width, generator=drawn),
+    }
+    if kind != "sd1":
+        given["pooled"] = torch.randn(2, 18 if kind == "sd3" else 10, generator=drawn)
+    if kind == "sdxl":
+        given["size_ids"] = torch.randint(0, 64, (2, 6), generator=drawn).float()
+    return given
+
+
+def adapted(folder: Path, **options) -> torch.nn.Module:
+    """The denoiser with adapters that change it."""
+    pipeline = PipelineFolder(folder)
+    base = folder / pipeline.denoiser
+    network = initialize(LoRA(rank=3, alpha=6.0, **options).adapt(load(base), str(base)), seed=0)
+    drawn = torch.Generator().manual_seed(2)
+    for name, parameter in network.named_parameters():
+        assert name.endswith(("lora_down", "lora_up"))
+        if name.endswith("lora_up"):
+            parameter.data.normal_(std=0.3, generator=drawn)
+    return network
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", [None, ALL])
+@torch.no_grad()
+def test_adapters_beside_the_weights_are_adapters_in_them(kind, targets, made):
+    folder = made(kind)
+    plain = load(folder / PipelineFolder(folder).denoiser)
+    given = inputs(plain, kind)
+    network = adapted(folder, **({"targets": targets} if targets else {}))
+    before, beside = plain(**given), network(**given)
+    Adapter.of(network, dict(network.named_parameters())).merge_into(plain)
+    torch.testing.assert_close(beside, plain(**given), rtol=1e-4, atol=1e-5)
+    assert (beside - before).abs().mean() > 0.01 * before.abs().mean()
+    for name, parameter in network.named_parameters():
+        if name.endswith("lora_up"):
+            parameter.zero_()
+    torch.testing.assert_close(network(**given), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_come_back(kind, made, tmp_path):
+    network = adapted(made(kind))
+    adapter = Adapter.of(network, dict(network.named_parameters()))
+    adapter.save(tmp_path, PipelineFolder(made(kind)).denoiser, "base")
+    for file in (tmp_path, tmp_path / DIFFUSERS_FILE):
+        again = Adapter.load(file)
+        assert again.down.keys() == adapter.down.keys() == again.up.keys()
+        for module in adapter.down:
+            assert torch.equal(again.down[module], adapter.down[module])
+            assert torch.equal(again.up[module], adapter.up[module])
+    assert Adapter.load(tmp_path).alphas == adapter.alphas == dict.fromkeys(adapter.down, 6.0)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert config["r"] == 3 and config["lora_alpha"] == 6.0 and config["peft_type"] == "LORA"
+
+
+_ASK = """
+import json, sys, torch, diffusers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+base, adapters, given, out = sys.argv[1:]
+given = load_file(given)
+def run(network):
+    options = {"timestep": given["timestep"], "encoder_hidden_states": given["context"]}
+    if "Transformer" in type(network).__name__:
+        options |= {"hidden_states": given["x"], "pooled_projections": given["pooled"]}
+    else:
+        options["sample"] = given["x"]
+    if "size_ids" in given:
+        options["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]}
+    with torch.no_grad():
+        return network(**options).sample
+def denoiser(pipeline):
+    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+pipeline = diffusers.DiffusionPipeline.from_pretrained(base)
+before = run(denoiser(pipeline))
+pipeline.load_lora_weights(adapters)
+by_diffusers = run(denoiser(pipeline))
+pipeline.unload_lora_weights()
+wrapped = PeftModel.from_pretrained(denoiser(diffusers.DiffusionPipeline.from_pretrained(base)), adapters)
+by_peft = run(wrapped.base_model.model)
+denoiser(pipeline).load_lora_adapter(adapters, weight_name="pytorch_lora_weights.safetensors", adapter_name="ours",
+    prefix="transformer" if hasattr(pipeline, "transformer") else "unet")
+denoiser(pipeline).save_lora_adapter(out + "/again", adapter_name="ours")
+save_file({"before": before, "diffusers": by_diffusers, "peft": by_peft}, out + "/outputs.safetensors")
+print(json.dumps(True))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_diffusers_and_peft_read_our_adapters_and_we_read_theirs(kind, made, tmp_path, tmp_path_factory):
+    from safetensors.torch import load_file, save_file
+
+    libraries = install(tmp_path_factory.getbasetemp() / "peft", "peft")
+    network = adapted(made(kind), targets=ALL[:4])
+    adapter = Adapter.of(network, dict(network.named_parameters()))
+    adapter.save(tmp_path / "adapters", PipelineFolder(made(kind)).denoiser, "base")
+    given = inputs(network, kind)
+    save_file(given, tmp_path / "given.safetensors")
+    ask(
+        libraries, _ASK, str(made(kind)), str(tmp_path / "adapters"), str(tmp_path / "given.safetensors"), str(tmp_path)
+    )
+    outputs = load_file(tmp_path / "outputs.safetensors")
+    ours = network(**given)
+    assert (ours - outputs["before"]).abs().mean() > 0.01 * ours.abs().mean()
+    for reader in ("diffusers", "peft"):
+        torch.testing.assert_close(outputs[reader], ours, rtol=1e-4, atol=1e-4)
+    theirs = Adapter.load(next((tmp_path / "again").glob("*.safetensors")))
+    assert theirs.down.keys() == adapter.down.keys()
+
+
+def test_mistakes_are_named(made, tmp_path):
+    plain = load(made("sd1") / "unet")
+    with pytest.raises(ValueError, match=r"adapter\.targets=\['nothing'\]: UNet has no such modules"):
+        LoRA(targets=["nothing"]).adapt(plain, "x")
+    with pytest.raises(ValueError, match="rank=0"):
+        LoRA(rank=0)
+    with pytest.raises(ValueError, match="holds no adapters"):
+        Adapter.load(tmp_path)
+    network = adapted(made("sd3"))
+    adapter = Adapter.of(network, dict(network.named_parameters()))
+    with pytest.raises(ValueError, match=r"modules that UNet lacks: transformer_blocks\.0"):
+        adapter.merge_into(plain)
+    network.base = str(made("sd1") / "unet")
+    with pytest.raises(ValueError, match="lacks"):
+        network.init_buffers()
+    assert (tmp_path / PEFT_FILE).exists() is False
