@@ -14,6 +14,7 @@ from models.guidance import Guidance
 from models.pipeline_folder import PipelineFolder
 from models.samplers import Course
 from tests.models import tiny_pipelines
+from tools import cli
 from trainer.loading import Loaded, load_model
 from trainer.pipelines import config_of, process_node, sampler_node
 from trainer.sample import sampler_of
@@ -253,3 +254,34 @@ def test_steps_stand_where_diffusers_schedulers_take_them(spacing, scheduler):
     if spacing == "linspace" and scheduler is diffusers.DDIMScheduler:
         steps = steps.round(decimals=6).round()  # DDIM takes whole steps only
     assert torch.allclose(steps, made.timesteps.double(), atol=1e-3)
+
+
+def test_the_job_changes_inpaints_and_refines(made, tmp_path, capsys):
+    from PIL import Image
+
+    drawn = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    Image.fromarray(drawn.numpy()).save(tmp_path / "a.png")
+    mask = torch.zeros(16, 16, dtype=torch.uint8)
+    mask[:, 8:] = 255
+    Image.fromarray(mask.numpy()).save(tmp_path / "mask.png")
+    job = [f"source={made('sdxl')}", "prompts=[a red circle]", "sampler.steps=5", "negative=a square"]
+
+    def run(out: str, *more: str) -> torch.Tensor:
+        assert cli.execute(["sample", *job, f"out={tmp_path}/{out}", *more]) == 0
+        picture = Image.open(tmp_path / out / "00000.png")
+        return torch.tensor(list(picture.getdata()), dtype=torch.float).view(16, 16, 3)
+
+    plain = run("plain")
+    weak, strong = (run(s, f"image={tmp_path}/a.png", f"strength={s}") for s in ("0.2", "1.0"))
+    kept = run("mask", f"image={tmp_path}/a.png", f"mask={tmp_path}/mask.png")
+    loaded = load_model(made("sdxl"))
+    first_stage = loaded.networks["first_stage"]
+    through = decode(loaded.networks, first_stage.encode(drawn.permute(2, 0, 1)[None].float() / 127.5 - 1))[0]  # type: ignore[operator]
+    through = through.permute(1, 2, 0).float()
+    assert (weak - through).abs().mean() < (strong - through).abs().mean()
+    assert (kept - through)[:, :4].abs().mean() < (kept - through)[:, 8:].abs().mean()
+    refined = run("refined", f"refiner={made('refiner')}")
+    finished = run("finished", f"refiner={made('refiner')}", "refine_from=null", "refine_strength=0.4")
+    assert (refined - plain).abs().mean() > 1 and (finished - plain).abs().mean() > 1
+    assert cli.execute(["sample", *job, f"mask={tmp_path}/mask.png"]) == 2
+    assert "no picture to change" in capsys.readouterr().err
