@@ -22,6 +22,7 @@ JOBS = {
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
     "import": ("tools.importing", "a diffusers folder, or a file in its authors' layout, as a run to go on from"),
     "export": ("tools.export", "a run as a folder that diffusers opens, or as a file in the authors' layout"),
+    "evaluate": ("trainer.evaluate", "FID, KID, precision and recall, CLIP score ... of a model, or of pictures"),
     "plan": ("tools.plan", "what a run would need, without a GPU: memory of a rank, FLOPs, traffic, time, cost"),
     "jobs": ("tools.jobs", "what was submitted with cluster=slurm, and how it goes"),
     "logs": ("tools.logs", "the last lines that a submitted run wrote: millrace logs <run>"),

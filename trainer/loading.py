@@ -9,11 +9,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from conf.schema import build
-from models.first_stage import KLFirstStage
+from models.autoencoder import AutoencoderKL
+from models.first_stage import FirstStage, KLFirstStage, VQFirstStage
 from models.lora import Adapter
 from models.pipeline_folder import INDEX, PipelineFolder
 from models.pretrained import ComponentFolder, load
 from models.process import Process
+from models.vq import VQModel
 from trainer.checkpoint import CheckpointError, CheckpointPolicy, load_weights, read_record
 from trainer.checkpoint.format import is_committed
 from trainer.networks import adapted, adapter_base, conditioner_learns
@@ -21,6 +23,7 @@ from trainer.pipelines import config_of, denoiser_of
 
 # Latents' side where a network does not tell the size that it was trained at.
 _SIDE = 64
+_PIXELS = 256
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,29 @@ class Loaded:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class LoadedFirstStage:
+    """A first stage to reconstruct with.
+
+    Args:
+        first_stage: on the CPU in float32, or still on the meta device, for `prepare_frozen` to fill.
+        config: of the run; empty of what is no run of ours.
+        size: (height, width) in pixels that it was trained at, as far as that is told.
+        source, seed: see `Loaded`.
+    """
+
+    first_stage: FirstStage
+    config: dict[str, Any]
+    size: tuple[int, int]
+    source: str
+    seed: int = 0
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """As those of `Loaded`."""
+        return {"first_stage": self.first_stage}
+
+
 def load_model(path: str | Path, ema: str = "auto", exact: bool = False) -> Loaded:
     """Load a run's folder (its newest whole checkpoint), one of its checkpoints, or a diffusers pipeline's folder.
 
@@ -59,6 +85,39 @@ def load_model(path: str | Path, ema: str = "auto", exact: bool = False) -> Load
     """
     path = Path(path)
     return _load_pipeline(path) if (path / INDEX).is_file() else _load_checkpoint(find_checkpoint(path), ema, exact)
+
+
+def load_first_stage(path: str | Path) -> LoadedFirstStage:
+    """The first stage of a run or one of its checkpoints, or the autoencoder that a run has trained, of a diffusers
+    pipeline, or of a component's own folder.
+
+    Raises:
+        ValueError: there is nothing of the kind at the path.
+    """
+    path = Path(path)
+    inside = [path / kind.component for kind in (AutoencoderKL, VQModel)]
+    component = next((folder for folder in [path, *inside] if (folder / "config.json").is_file()), None)
+    if component is not None:
+        autoencoder = load(component)
+        if not isinstance(autoencoder, AutoencoderKL | VQModel):
+            raise ValueError(f"{component} holds a {type(autoencoder).__name__}, and no autoencoder")
+        side = ComponentFolder(component).config.get("sample_size") or _PIXELS
+        first_stage = VQFirstStage(autoencoder) if isinstance(autoencoder, VQModel) else KLFirstStage(autoencoder)
+        return LoadedFirstStage(first_stage, {}, (side, side), str(component))
+    checkpoint = find_checkpoint(path)
+    config = config_of_checkpoint(checkpoint)
+    if "first_stage" not in config:
+        raise ValueError(f"{checkpoint} is of a run without a first stage")
+    with torch.device("meta"):
+        first_stage = build(config.first_stage)
+    buckets = build(config.buckets)
+    return LoadedFirstStage(
+        first_stage,
+        OmegaConf.to_container(config),  # type: ignore[arg-type]
+        (buckets[0].height, buckets[0].width),
+        f"{checkpoint}, first stage",
+        config.seed,
+    )
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -3,12 +3,12 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batch, PlannedSlice, fuse
 from data.hashing import mix64, text64
@@ -41,35 +41,46 @@ class Validation:
     def __init__(self, batches: Sequence[Batch], alive: Callable[[], None] = lambda: None):
         self.batches, self._alive = batches, alive
 
-    @torch.no_grad()
     def __call__(self, objective: Validates, engine: Engine, ema: Ema, length: str | None) -> dict[str, float]:
         """`val/<name>`, averages over all samples; collective, the same on every rank.
 
         Args:
             length: the average whose weights to validate; None takes the weights themselves.
         """
-        sums: dict[str, float] = defaultdict(float)
-        vectors: dict[str, Tensor] = {}
         with averaged(ema, length):
-            for batch in self.batches:
-                counts = torch.tensor([key != "" for key in batch.keys], device=engine.device)
-                sums["count"] += float(counts.sum())
-                for name, values in objective.validation_losses(engine.networks, batch.to(engine.device)).items():
-                    if values.ndim > 1:
-                        vectors[name] = vectors.get(name, 0) + values[counts].double().sum(0)
-                    else:
-                        sums[f"val/{name}"] += values[counts].double().sum().item()
-                self._alive()
-        sums = all_reduce_sum(sums, engine.device)
-        count = sums.pop("count")
-        row = {name: total / count for name, total in sums.items()}
-        if vectors and isinstance(objective, Summarizes):
-            if dist.is_initialized():
-                for total in vectors.values():
-                    dist.all_reduce(total)
-            averages = {name: total / count for name, total in vectors.items()}
-            row |= {f"val/{name}": value for name, value in objective.summary(averages).items()}
-        return row
+            return mean_losses(self.batches, objective, engine.networks, engine.device, self._alive)
+
+
+@torch.no_grad()
+def mean_losses(
+    batches: Sequence[Batch],
+    objective: Validates,
+    networks: Mapping[str, nn.Module],
+    device: torch.device,
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """`val/<name>`, averages over all ranks' samples; see `Validation`. Collective, the same on every rank."""
+    sums: dict[str, float] = defaultdict(float)
+    vectors: dict[str, Tensor] = {}
+    for batch in batches:
+        counts = torch.tensor([key != "" for key in batch.keys], device=device)
+        sums["count"] += float(counts.sum())
+        for name, values in objective.validation_losses(networks, batch.to(device)).items():
+            if values.ndim > 1:
+                vectors[name] = vectors.get(name, 0) + values[counts].double().sum(0)
+            else:
+                sums[f"val/{name}"] += values[counts].double().sum().item()
+        alive()
+    sums = all_reduce_sum(sums, device)
+    count = sums.pop("count")
+    row = {name: total / count for name, total in sums.items()}
+    if vectors and isinstance(objective, Summarizes):
+        if dist.is_initialized():
+            for total in vectors.values():
+                dist.all_reduce(total)
+        averages = {name: total / count for name, total in vectors.items()}
+        row |= {f"val/{name}": value for name, value in objective.summary(averages).items()}
+    return row
 
 
 def validation_samples(split: TarSplit, count: int) -> list[PlannedSlice]:

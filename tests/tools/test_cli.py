@@ -315,6 +315,7 @@ BENCHMARKS = [f"bench={path.stem}" for path in sorted((ROOT / "bench").glob("*.y
         ("sample", "source=x"),
         ("export", "source=x out=y"),
         ("import", "source=x name=y"),
+        ("evaluate", "metric=[fid,kid,clip_fid,precision_recall,clip_score,psnr,ssim,validation_loss,composition]"),
         *(("bench", benchmark) for benchmark in BENCHMARKS),
     ],
 )

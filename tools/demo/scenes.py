@@ -100,18 +100,22 @@ class Scene:
 
 def describe(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> str:
     """A caption, in one of the grammar's phrasings."""
+    return _choose(rng, *phrasings(objects, swapped=len(objects) > 1 and rng.random() >= 0.5))
+
+
+def phrasings(objects: tuple[SceneObject, ...], swapped: bool = False) -> tuple[str, ...]:
+    """All captions of the grammar; of two objects, those that name the first one first unless `swapped`."""
     names = [f"{thing.colour} {thing.shape}" for thing in objects]
     if len(objects) == 1:
         (name,), place = names, objects[0].place
         where = "in the centre" if place == "centre" else f"in the {place} corner"
-        return _choose(rng, f"a {name} {where}", f"{where}, a {name}", f"there is a {name} {where}", f"{name}, {place}")
+        return f"a {name} {where}", f"{where}, a {name}", f"there is a {name} {where}", f"{name}, {place}"
     sides = [thing.place for thing in objects]
     spots = [f"on the {side}" if side in ("left", "right") else f"at the {side}" for side in sides]
     relation = {"left": "to the left of", "right": "to the right of", "top": "above", "bottom": "below"}
-    order = (0, 1) if rng.random() < 0.5 else (1, 0)
+    order = (1, 0) if swapped else (0, 1)
     (one, other), (here, there) = [names[i] for i in order], [spots[i] for i in order]
-    return _choose(
-        rng,
+    return (
         f"a {one} {here} and a {other} {there}",
         f"{here}, a {one}; {there}, a {other}",
         f"a {one} {relation[sides[order[0]]]} a {other}",

@@ -13,7 +13,7 @@ from conf.schema import build
 from data.run_directory import check_name
 from tools.study.analyses.base import TooFewRuns
 from tools.study.design import Study
-from tools.study.evaluation import evaluate
+from tools.study.evaluation import evaluate, run_commands
 from tools.study.pool import Outcome, Pool
 from tools.study.prediction import fix_predictions
 from tools.study.report import overview, write_report
@@ -22,7 +22,7 @@ from tools.study.runs import StudyRun, compose_runs, forecast
 from tools.study.sheet import Sheet
 from trainer.distributed import Cluster
 
-Stage = Literal["all", "runs", "prediction", "held_out", "analysis"]
+Stage = Literal["all", "runs", "prediction", "held_out", "evaluation", "analysis"]
 
 
 @dataclass
@@ -72,6 +72,8 @@ def run(config: Any) -> None:
         predict(study, folder, early, late)
     if late and wanted("held_out"):
         reasons |= start(late, config)
+    if study.evaluate is not None and wanted("evaluation"):
+        run_commands(runs, study.evaluate, config.parallel, config.restarts)
     if wanted("analysis"):
         if study.evaluate is not None:
             evaluate(runs, study.evaluate, config.parallel)

@@ -77,6 +77,10 @@ class SceneEvaluation:
     def columns(self) -> Sequence[str]:
         return "agreement", "frechet"
 
+    def commands(self, run: Path) -> list[list[str]]:
+        """None: it is all done here."""
+        return []
+
     def evaluate(self, run: Path) -> list[dict[str, float | str]]:
         """A row for each number of steps and each set of weights."""
         asked = list(scenes(self.count, self.seed, self.split))

@@ -20,6 +20,10 @@ class Evaluation(Protocol):
     def columns(self) -> Sequence[str]:
         """Numbers in every row; their means over the rows are columns of the study."""
 
+    def commands(self, run: Path) -> list[list[str]]:
+        """Overrides of `millrace evaluate`, for each command that must still come to its end before `evaluate`. The run
+        need not be there yet."""
+
     def evaluate(self, run: Path) -> list[dict[str, float | str]]:
         """Rows of settings and numbers of a finished run, for instance one for each sampler. They are kept in the run's
         `evaluation.jsonl`, and not measured again."""

@@ -1,15 +1,20 @@
 """The study files: each composes, and SD3's studies have the runs that the paper states."""
 
 from collections import Counter
+from itertools import product
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from conf.compose import ROOT, compose
 from conf.schema import build, check
 from tools.study.job import Config, compose_study
+from trainer.evaluate import Config as EvaluateConfig
+from trainer.evaluate import preflight
 
 PATHS = {
-    "sd3/formulations": ["study.paths.imagenet=/i", "study.paths.cc12m=/c", "study.paths.vae=/v"],
+    "sd3/formulations": [f"study.paths.{name}=/{name}" for name in ("imagenet", "cc12m", "coco", "vae")],
     "sd3/depth": ["study.paths.images=/i", "study.paths.vae=/v"],
 }
 FILES = sorted(path.relative_to(ROOT / "study").with_suffix("").as_posix() for path in (ROOT / "study").rglob("*.yaml"))
@@ -68,6 +73,22 @@ def test_the_61_formulations_are_those_of_the_paper():
     }
     path = by_label["edm_-1.2_1.2"].path
     assert (path.p_mean, path.p_std) == (-1.2, 1.2)
+
+
+def test_formulations_are_ranked_over_the_papers_settings():
+    study = build(compose("study", ["study=sd3/formulations", *PATHS["sd3/formulations"]]).study)
+    commands = study.evaluate.commands(Path("/nowhere/sd3_formulations/rf_imagenet_seed0"))
+    settings = Counter()
+    for command in commands:
+        config = compose("evaluate", command)
+        check(config, EvaluateConfig)
+        preflight(OmegaConf.merge(config, {"reference": None}), 8)
+        assert (config.samples, config.reference, sorted(config.metric)) == (1000, "/coco", ["clip_fid", "clip_score"])
+        settings.update(product(config.steps, config.guidance_scales, config.averages))
+    samplers = [(50, 1.0), (50, 2.5), (50, 5.0), (5, 5.0), (10, 5.0), (25, 5.0)]
+    assert settings == {(*sampler, average): 1 for sampler in samplers for average in ("none", "decay_99")}
+    assert set(study.columns()) >= {"clip", "fid"}
+    assert (study.analyses["ranks"].higher, study.analyses["ranks"].lower) == ("clip", "fid")
 
 
 def test_the_depths_have_the_papers_sizes():
