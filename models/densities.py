@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 class Density(ABC):
-    """A distribution of t over [0, 1], given through a map of uniform numbers."""
+    """A distribution of t over [0, 1], given through a map of uniform numbers.
+
+    Attributes:
+        span: the least and the greatest t.
+    """
+
+    span: tuple[float, float] = (0.0, 1.0)
 
     @abstractmethod
     def sample(self, u: Tensor) -> Tensor:
@@ -19,10 +25,21 @@ class Density(ABC):
 
 
 class Uniform(Density):
-    """t = u."""
+    """t = low + (high - low) u: all times of a part of the path, alike.
+
+    Args:
+        low, high: ends of the part. SDXL's refiner is of the 200 of 1,000 levels with the least noise, [0, 0.2] (arXiv
+            2307.01952, section 2.5).
+    """
+
+    def __init__(self, low: float = 0.0, high: float = 1.0):
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"low and high must be the ends of a part of [0, 1], got {low} and {high}")
+        self.span = (low, high)
 
     def sample(self, u: Tensor) -> Tensor:
-        return u
+        low, high = self.span
+        return low + (high - low) * u
 
 
 class LogitNormal(Density):

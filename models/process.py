@@ -58,9 +58,17 @@ class Process:
         """Training times (n,) for u (n,) uniform in [0, 1): density, then resolution shift."""
         return self.path.shift(self.density.sample(u), self.shift).clamp(_FIRST_TIME, _LAST_TIME)
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """The least and the greatest time that is trained: 0 and 1, unless the density is of a part."""
+        low, high = self.path.shift(torch.tensor(self.density.span), self.shift).tolist()
+        return low, high
+
     def validation_times(self, count: int) -> Tensor:
-        """(count,) float32, the midpoints of `count` equal parts of [0, 1]: both ends are singular for some paths."""
-        return (torch.arange(count, dtype=torch.float32) + 0.5) / count
+        """(count,) float32, the midpoints of `count` equal parts of the times that are trained: both ends of [0, 1] are
+        singular for some paths."""
+        low, high = self.span
+        return low + (high - low) * (torch.arange(count, dtype=torch.float32) + 0.5) / count
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of image and noise in x_t, of t's shape."""

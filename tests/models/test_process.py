@@ -139,6 +139,7 @@ def logit_normal_density(mean: float, std: float):
 
 DENSITIES = {
     "uniform": (Uniform(), lambda t: t),
+    "uniform(0.1, 0.3)": (Uniform(0.1, 0.3), lambda t: np.clip((t - 0.1) / 0.2, 0, 1)),
     **{
         f"logit-normal({m}, {s})": (LogitNormal(m, s), integrated(logit_normal_density(m, s)))
         for m, s in [(0.0, 1.0), (0.5, 0.6), (-1.0, 0.4), (1.0, 1.0)]
@@ -290,6 +291,20 @@ def test_validation_times_are_equidistant_and_inside():
     assert times.tolist() == [(2 * i + 1) / 16 for i in range(8)]
 
 
+@pytest.mark.parametrize("shift", [1.0, 0.5])
+def test_a_density_of_the_least_noisy_fifth_trains_and_validates_the_last_200_levels(shift):
+    process = process_of("eps_linear", "process.density.high=0.2", f"process.shift={shift}")
+    u = torch.cat([torch.zeros(1), quantiles().float(), torch.tensor([1 - 2.0**-24])])
+    levels = process.network_time(process.sample_t(u))
+    most = process.network_time(process.path.shift(torch.tensor(0.2), shift)).item()
+    assert most == pytest.approx(199, abs=1e-4) or (shift < 1 and most < 199)
+    assert levels.min() == pytest.approx(-1, abs=1e-3) and levels.max() == pytest.approx(most, abs=1e-3)
+    times = process.validation_times(4)
+    assert process.network_time(times).tolist() == pytest.approx(
+        [(most + 1) * part - 1 for part in (1 / 8, 3 / 8, 5 / 8, 7 / 8)]
+    )
+
+
 def test_sampling_starts_at_one_or_where_the_image_can_still_be_found():
     assert process_of("rectified_flow").start_time() == 1
     assert process_of("rectified_flow_image").start_time() == 1
@@ -307,6 +322,8 @@ def test_sampling_starts_at_one_or_where_the_image_can_still_be_found():
         lambda: Mode(1.8),
         lambda: Mode(-1.1),
         lambda: LogitNormal(0.0, 0.0),
+        lambda: Uniform(0.5, 0.5),
+        lambda: Uniform(0.0, 1.5),
         lambda: EDM(p_std=-1.0),
         lambda: ScaledLinear(0.02, 0.01),
         lambda: EDMPreconditioning(0.0),

@@ -1,6 +1,9 @@
 """Plain diffusion: one network learns to undo noise, under any process."""
 
+import math
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +14,9 @@ from data.encoded import MOMENTS, encoder_outputs
 from models.conditioner import Given
 from models.guidance import Guidance
 from models.process import Process
-from models.samplers import Sampler
+from models.samplers import Course, Sampler
 from trainer.objectives.base import Losses, Objective, Phase
-from trainer.sampling import Picture, draw_pass
+from trainer.sampling import Picture, decode, draw_latents, draw_pass
 
 
 class Diffusion(Objective):
@@ -29,7 +32,7 @@ class Diffusion(Objective):
             2403.03206). Further numbers are for the conditioner's sizes and maps, which else are never dropped.
         train_conditioner: whether the conditioner's weights are learned with the denoiser's.
         validation_times: number of times t at which held-out samples are noised, the midpoints of as many equal parts
-            of [0, 1] (SD3, section 5.3: eight).
+            of the times that are trained (SD3, section 5.3: eight, of [0, 1]).
     """
 
     networks = ("denoiser", "conditioner", "first_stage")
@@ -86,8 +89,18 @@ class Diffusion(Objective):
     def draw(
         self, networks: Mapping[str, nn.Module], pictures: Sequence[Picture], device: torch.device
     ) -> Sequence[Tensor]:
-        """Sample, and decode what was sampled."""
-        return draw_pass(networks, self.process, self.sampler, self.guidance, pictures, device)
+        """Sample, and decode what was sampled.
+
+        A denoiser of the least noisy times alone, as SDXL's refiner is, draws the pictures' own images anew, from as
+        much noise as it knows and in as many steps as the sampler has.
+        """
+        if self.process.density.span[1] == 1 or any(picture.image is None for picture in pictures):
+            return draw_pass(networks, self.process, self.sampler, self.guidance, pictures, device)
+        last, sampler = self.process.span[1], copy(self.sampler)
+        sampler.steps = math.ceil(self.sampler.steps / last)
+        pictures = [replace(picture, start=picture.image) for picture in pictures]
+        course = Course(start=last)
+        return decode(networks, draw_latents(networks, self.process, sampler, self.guidance, pictures, device, course))
 
     def flops(self, networks: Mapping[str, nn.Module], shape: Bucket) -> float:
         """Forward and backward of the denoiser, three times its forward pass; encoders are not counted."""
