@@ -13,6 +13,9 @@ EXPERIMENTS = sorted(
     path.relative_to(ROOT / "experiment").with_suffix("").as_posix() for path in (ROOT / "experiment").rglob("*.yaml")
 )
 
+# Of what the scenes do not come with.
+MORE = {"experiment=sdxl/refiner": ["data.fields.aesthetic_score.default=5.0"]}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -32,6 +35,7 @@ def test_it_trains_validates_saves_and_samples(folder, chosen):
         *("train", chosen, "scale=tiny", "steps=2", "samples.every=2", "validation.every=2", "log.wandb=null"),
         *(f"runs={folder}/runs", f"name={name}", f"conditioner.folder={folder}/text_encoder"),
         *(f"data.sources.scenes.shards={folder}/scenes", f"data.cache_folder={folder}/cache"),
+        *MORE.get(chosen, []),
     ]
     assert cli.execute(arguments) == 0
     run = folder / "runs" / name
