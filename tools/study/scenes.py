@@ -1,19 +1,21 @@
 """The demo's captioned scenes, for small studies: data that all runs share, and what trained runs are asked for."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-from scipy.linalg import sqrtm
 
 from data.index import ensure_indexed
 from data.store import Store
 from tools.demo import judge
 from tools.demo.scenes import Scene, SceneObject, Split, draw, scenes, write_tars
+
+if TYPE_CHECKING:
+    from trainer.sampling import Picture
 
 # Stored pictures are twice as large as the small buckets' (conf/buckets/tiny.yaml).
 _SHRINK = 2
@@ -35,16 +37,7 @@ class DrawnScenes:
 
     def prepare(self, folder: Path) -> None:
         """Draw and index them, unless they are there."""
-        data = folder / "data"
-        if data.exists():
-            return
-        scratch = folder / "data.partial"
-        shutil.rmtree(scratch, ignore_errors=True)
-        write_tars(scratch, self.count, self.seed)
-        scratch.rename(data)
-        # Now, so that not every run that starts does it.
-        store = Store()
-        ensure_indexed(store.expand([str(data)]), store)
+        make_data(folder, lambda scratch: write_tars(scratch, self.count, self.seed))
 
 
 @dataclass(frozen=True)
@@ -103,24 +96,50 @@ class SceneEvaluation:
         return rows
 
     def _draw(self, run: Path, weights: str, asked: Sequence[Scene], steps: int) -> list[np.ndarray]:
-        import torch
-        from omegaconf import OmegaConf
-
-        from conf.schema import build
-        from trainer.loading import load_model
         from trainer.sampling import Picture
-        from trainer.sampling import draw as draw_pictures
 
-        config: Any = OmegaConf.load(run / "config.yaml")
-        config.sampler.steps, config.guidance.scale = steps, self.guidance
-        loaded = load_model(run, weights)
         wanted = [
             Picture(scene.caption, self.seed * 100_000 + i, scene.height // _SHRINK, scene.width // _SHRINK)
             for i, scene in enumerate(asked)
         ]
-        sampler, guidance, device = build(config.sampler), build(config.guidance), torch.device("cpu")
-        drawn = draw_pictures(loaded.networks, loaded.process, sampler, guidance, wanted, device, batch=32)
-        return [image.permute(1, 2, 0).numpy() for image in drawn]
+        return draw_from(run, weights, steps, self.guidance, wanted)
+
+
+def make_data(folder: Path, write: Callable[[Path], object]) -> None:
+    """Have a study's tars written to `folder/data`, and index them, unless they are there."""
+    data = folder / "data"
+    if data.exists():
+        return
+    scratch = folder / "data.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    write(scratch)
+    scratch.rename(data)
+    # Now, so that not every run that starts does it.
+    store = Store()
+    ensure_indexed(store.expand([str(data)]), store)
+
+
+def draw_from(run: Path, weights: str, steps: int, scale: float, wanted: "Sequence[Picture]") -> list[np.ndarray]:
+    """Have a run draw pictures, (H, W, 3) uint8 each.
+
+    Args:
+        weights: name of an average, or "none" for the weights themselves.
+        steps: of the run's sampler.
+        scale: of guidance.
+    """
+    import torch
+    from omegaconf import OmegaConf
+
+    from conf.schema import build
+    from trainer.loading import load_model
+    from trainer.sampling import draw as draw_pictures
+
+    config: Any = OmegaConf.load(run / "config.yaml")
+    config.sampler.steps, config.guidance.scale = steps, scale
+    loaded = load_model(run, weights)
+    sampler, guidance, device = build(config.sampler), build(config.guidance), torch.device("cpu")
+    drawn = draw_pictures(loaded.networks, loaded.process, sampler, guidance, wanted, device, batch=32)
+    return [image.permute(1, 2, 0).numpy() for image in drawn]
 
 
 def agreement(picture: np.ndarray, objects: Sequence[SceneObject]) -> float:
@@ -139,8 +158,8 @@ def agreement(picture: np.ndarray, objects: Sequence[SceneObject]) -> float:
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """|mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)) of points (n, d) and (m, d)."""
     c, d = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = sqrtm(c @ d)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c + d - 2 * root.real))
+    roots = np.sqrt(np.linalg.eigvals(c @ d).real.clip(min=0))  # also where a feature never varies
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c + d) - 2 * roots.sum())
 
 
 def _shrunk(picture: np.ndarray, scene: Scene) -> np.ndarray:
