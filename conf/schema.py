@@ -136,8 +136,10 @@ def _signature(schema: Callable[..., Any]) -> tuple[dict[str, Any], list[str], b
 
 
 def _check_leaf(value: Any, kind: Any, path: str) -> None:
-    # pydantic takes no configuration beside a dataclass's own.
-    adapter = TypeAdapter(kind, config=None if is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True))
+    if is_dataclass(kind):  # its fields may be of classes that pydantic knows nothing of
+        told = f"{_name(kind)} is a mapping with {_fields(kind)}"
+        raise ConfigError(f"{path}={_shown(value, path)!r} is of the wrong type: {told}.")
+    adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         adapter.validate_python(value, strict=True)  # "no" is no False, 2.0 no int
     except ValidationError as error:
@@ -146,6 +148,10 @@ def _check_leaf(value: Any, kind: Any, path: str) -> None:
         raise ConfigError(
             f"{path}={_shown(value, path)!r} {fault}: {first['msg'][0].lower()}{first['msg'][1:]}."
         ) from error
+
+
+def _fields(record: Any) -> str:
+    return ", ".join(f.name for f in fields(record) if f.init)
 
 
 def _shown(value: Any, path: str) -> Any:

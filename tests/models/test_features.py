@@ -47,6 +47,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelitys(weights: Path, tmp_path: Path):
     folder = install(tmp_path / "fidelity", "torch-fidelity")
     generator = torch.Generator().manual_seed(1)

@@ -161,6 +161,7 @@ def test_ranks_give_what_one_process_gives(home: Path):
                 assert row[name] == pytest.approx(expected[name], rel=1e-6), (size, name)
 
 
+@pytest.mark.slow
 def test_the_command_starts_ranks_and_goes_on_after_it_was_killed(home: Path):
     shared = [f"source={home}/runs/run", f"reference={home}/held", *STAND_IN, "metric=[fid]", "batch=2", "keep=true"]
     shared += ["samples=24", "steps=[40,41]", "guidance_scales=[1]"]
