@@ -136,7 +136,7 @@ def _signature(schema: Callable[..., Any]) -> tuple[dict[str, Any], list[str], b
 
 
 def _check_leaf(value: Any, kind: Any, path: str) -> None:
-    if is_dataclass(kind):  # its fields may be of classes that pydantic knows nothing of
+    if isinstance(kind, type) and is_dataclass(kind):  # its fields may be of classes that pydantic knows nothing of
         told = f"{_name(kind)} is a mapping with {_fields(kind)}"
         raise ConfigError(f"{path}={_shown(value, path)!r} is of the wrong type: {told}.")
     adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
