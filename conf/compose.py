@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent
 # Mappings whose keys are not all in the composed config: the user's own names, and what takes the place of a null.
 _OPEN = re.compile(
     r"(cluster\.env|cluster\.sbatch|data\.(sources|fields)|(data|store)\.storage_options|ema\.lengths|log\.wandb|init_from"
-    r"|networks)[.=]"
+    r"|networks|fields)[.=]"
 )
 # Keys that hold a name, which is text even where it looks like a number: samples.ema=1000, name=7.
 _NAMES = ("name", "run", "average", "validation.ema", "samples.ema", "init_from.ema")
@@ -37,7 +37,9 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
     `import`), whose objects take the place of the groups' choices. What an experiment sets in a group falls away where
     the command line or the scale chooses a class that does not take it. `shrink` (set by `scale=tiny`) maps class names
     to values: every node built from that class takes them, below what the command line says, but where it has null:
-    there is no such part. `items` keeps those of a list. Interpolations are resolved.
+    there is no such part. `items` keeps those of a list. `stand_in` maps groups to class names, and these to choices:
+    where an object of the class would be built in the group, the choice takes its place, unless the command line
+    chooses. Interpolations are resolved.
 
     Args:
         missing: what becomes of keys that must be given and are not.
@@ -53,10 +55,10 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
     config = DictConfig({})
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
-            config = hydra_compose(job, overrides=[str(override.input_line) for override in choices])
-        for file in written:
-            _merge_written(config, Path(str(file.value())), {str(o.key_or_group) for o in choices})
-        _drop_of_other_classes(config, choices)
+            config = _composed(job, choices, written, {})
+            if stand_ins := _stand_ins(config, choices):
+                config = _composed(job, choices, written, stand_ins)
+        _drop_of_other_classes(config, choices, stand_ins)
         if "shrink" in config:
             _shrink(config, OmegaConf.to_container(config.shrink))  # type: ignore[arg-type]
         # Hydra's own way with values, for which it has no public name: `compose` would apply them before all the above.
@@ -116,6 +118,15 @@ def _is_choice(override: Override) -> bool:
     return (ROOT / override.key_or_group).is_dir() and not isinstance(override.value(), dict)
 
 
+def _composed(job: str, choices: list[Override], written: list[Override], stand_ins: dict[str, str]) -> DictConfig:
+    """The choices' config, then experiments' files."""
+    overrides = [str(override.input_line) for override in choices]
+    config = hydra_compose(job, overrides=[*overrides, *(f"{group}={choice}" for group, choice in stand_ins.items())])
+    for file in written:
+        _merge_written(config, Path(str(file.value())), {str(o.key_or_group) for o in choices} | set(stand_ins))
+    return config
+
+
 def _merge_written(config: DictConfig, file: Path, chosen: set[str]) -> None:
     """Put an experiment's file into the config, but for the groups that the command line chooses from."""
     if not file.is_file():
@@ -132,13 +143,25 @@ def _merge_written(config: DictConfig, file: Path, chosen: set[str]) -> None:
         OmegaConf.update(config, str(key), value, merge=not whole, force_add=True)
 
 
-def _drop_of_other_classes(config: DictConfig, choices: list[Override]) -> None:
+def _stand_ins(config: DictConfig, choices: list[Override]) -> dict[str, str]:
+    """What a scale chooses, by group, in the place of what it cannot have."""
+    of_command_line = {override.key_or_group for override in choices}
+    found: dict[str, str] = {}
+    told: Any = OmegaConf.to_container(config.get("stand_in") or DictConfig({}))
+    for group, by_class in told.items():
+        for _, node in nodes(config[group]) if group not in of_command_line else []:
+            if node.get("_target_") in by_class:
+                found[group] = by_class[node._target_]
+    return found
+
+
+def _drop_of_other_classes(config: DictConfig, choices: list[Override], stand_ins: dict[str, str]) -> None:
     """Remove the values that an experiment or a scale sets in a group, where the class that the command line or the
     scale chooses there takes no such values."""
     chosen = {str(o.key_or_group): o.value() for o in choices if o.package is None and not o.is_delete()}
     if "scale" in chosen:
         text = (ROOT / "scale" / f"{chosen['scale']}.yaml").read_text()
-        chosen = dict(re.findall(r"^\s*- override /(\S+): (\S+)$", text, re.MULTILINE)) | chosen
+        chosen = dict(re.findall(r"^\s*- override /(\S+): (\S+)$", text, re.MULTILINE)) | stand_ins | chosen
     elif "experiment" not in chosen:
         return
     for group, choice in chosen.items():

@@ -70,7 +70,7 @@ def parameters(name: str, path: str) -> Callable[[str], bool]:
 def _check(value: dict, schema: Callable[..., Any], path: str) -> None:
     kinds, required, open_ended = _signature(schema)
     for key, item in value.items():
-        if str(key).startswith("_") or (not path and key in ("shrink", "scale", "experiment")):
+        if str(key).startswith("_") or (not path and key in ("shrink", "stand_in", "scale", "experiment")):
             continue
         where = f"{path}.{key}" if path else str(key)
         if key in kinds:

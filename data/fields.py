@@ -63,6 +63,11 @@ class Field(ABC):
         """Of the manifest and of scores, that it reads."""
         return []
 
+    @property
+    def optional(self) -> bool:
+        """Whether it can do without."""
+        return False
+
     @abstractmethod
     def read(self, origin: Origin) -> Any:
         """A sample's value.
@@ -178,6 +183,10 @@ class Number(_Aside):
     def __post_init__(self) -> None:
         self._check()
 
+    @property
+    def optional(self) -> bool:
+        return self.default is not None
+
     def read(self, origin: Origin) -> Tensor:
         if self.default is not None and self.column is not None and origin.columns.get(self.columns[0]) is None:
             return torch.tensor(self.default)
@@ -285,7 +294,7 @@ class _Aligned(Field):
 
     def read(self, origin: Origin) -> Tensor:
         try:
-            pixels = self._decoded(origin.member(self.member))
+            pixels = self._decoded(origin.member(self.member), origin.geometry.target)
         except DecodeError as error:
             raise ContentError(f"its .{self.member}: {error}") from error
         geometry = origin.geometry
@@ -300,13 +309,13 @@ class _Aligned(Field):
 
     def given(self, text: str, target: tuple[int, int]) -> Tensor:
         """Of a picture's file, its middle as in training."""
-        pixels = self._decoded(Path(text).read_bytes())
+        pixels = self._decoded(Path(text).read_bytes(), target)
         geometry = place((pixels.shape[0], pixels.shape[1]), target, Framing(CENTER, CENTER, flip=False))
         return geometry.cut(self._resized(pixels, geometry.resized)).contiguous()
 
     @abstractmethod
-    def _decoded(self, data: bytes) -> np.ndarray:
-        """Its pixels, (h, w) or (h, w, 3); raises DecodeError."""
+    def _decoded(self, data: bytes, cover: tuple[int, int]) -> np.ndarray:
+        """Its pixels, (h, w) or (h, w, 3), perhaps fewer as long as they cover that size; raises DecodeError."""
 
     @abstractmethod
     def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -326,8 +335,8 @@ class Picture(_Aligned):
     def blank(self, target: tuple[int, int]) -> Tensor:
         return torch.zeros(3, *target, dtype=torch.uint8)
 
-    def _decoded(self, data: bytes) -> np.ndarray:
-        return decode_image(data).pixels
+    def _decoded(self, data: bytes, cover: tuple[int, int]) -> np.ndarray:
+        return decode_image(data, cover).pixels
 
     def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
         return resize(pixels, size)
@@ -346,7 +355,7 @@ class LabelMap(_Aligned):
     def blank(self, target: tuple[int, int]) -> Tensor:
         return torch.zeros(*target, dtype=torch.int16)
 
-    def _decoded(self, data: bytes) -> np.ndarray:
+    def _decoded(self, data: bytes, cover: tuple[int, int]) -> np.ndarray:
         return _numbers(data, ("L", "P", "1", "I;16", "I"))
 
     def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -366,7 +375,7 @@ class Mask(_Aligned):
     def blank(self, target: tuple[int, int]) -> Tensor:
         return torch.zeros(*target, dtype=torch.bool)
 
-    def _decoded(self, data: bytes) -> np.ndarray:
+    def _decoded(self, data: bytes, cover: tuple[int, int]) -> np.ndarray:
         return decode_image(data).pixels[:, :, 0]
 
     def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:

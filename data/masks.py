@@ -22,7 +22,7 @@ class LargeMasks:
         most_chains, most_boxes: in a mask, at most; at least one.
         length: of a chain's link, at most.
         width: of a chain, at most.
-        box: sides of a rectangle, least and most.
+        least_box, most_box: sides of a rectangle.
         margin: between rectangles and the picture's edges.
     """
 
@@ -31,7 +31,8 @@ class LargeMasks:
     most_boxes: int = 4
     length: int = 200
     width: int = 100
-    box: tuple[int, int] = (30, 150)
+    least_box: int = 30
+    most_box: int = 150
     margin: int = 10
 
     def draw(self, height: int, width: int, seed: int) -> np.ndarray:
@@ -65,8 +66,8 @@ class LargeMasks:
         margin = int(scale * self.margin)
         sides = []
         for side in mask.shape:
-            most = max(1, min(round(scale * self.box[1]), side - 2 * margin))
-            least = min(max(1, round(scale * self.box[0])), most)
+            most = max(1, min(round(scale * self.most_box), side - 2 * margin))
+            least = min(max(1, round(scale * self.least_box)), most)
             length = int(rng.integers(least, most, endpoint=True))
             start = margin + int(rng.integers(max(0, side - 2 * margin - length), endpoint=True))
             sides.append(slice(start, start + length))

@@ -236,7 +236,8 @@ class TarData:
 
     def _check_columns(self, name: str, manifests: Sequence[Manifest]) -> None:
         captions = self.sources[name].captions
-        asked = {column for one in self.fields_of(name).values() for column in one.columns}
+        fields = self.fields_of(name).values()
+        asked = {column for one in fields if not one.optional for column in one.columns}
         missing = (captions.keys() | asked) - STRUCTURE.keys()
         seen: set[str] = set()
         for manifest in manifests:  # a field may occur in some shards only

@@ -101,6 +101,6 @@ class LayoutEncoder(TransformerEncoder):
         left, top, right, bottom = (round(value * (self.grid - 1)) for value in box)
         return [top * self.grid + left, bottom * self.grid + right]
 
-    def init_tokens(self, n: int) -> Tensor:
-        """Tokens of n samples, for a pass without any."""
+    def blank_tokens(self, n: int) -> Tensor:
+        """See `TransformerEncoder`."""
         return torch.full((n, self.length), self.absent, device=self.device)

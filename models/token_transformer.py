@@ -7,6 +7,7 @@ width 1,280, over the tokens of BERT; for layouts 16 layers of width 512. Text's
 `LDMBertModel`.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.conditioner import LearnedEncoder, Outputs
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-"
 
 
 class TokenTransformer(nn.Module):
@@ -106,6 +110,10 @@ class TransformerEncoder(LearnedEncoder):
         states = self.model(tokens).float()
         return states, states.new_zeros(len(states), 0)
 
+    @abstractmethod
+    def blank_tokens(self, n: int) -> Tensor:
+        """Tokens (n, length) of n samples that stand for none, made without reading anything."""
+
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill one parameter, from the folder if there is one.
 
@@ -136,7 +144,8 @@ class BertTextEncoder(TransformerEncoder):
     """Captions by a transformer of their own, trained with the denoiser; nothing is the empty caption.
 
     Args:
-        tokenizer: folder or name on the Hugging Face hub, with BERT's vocabulary.
+        tokenizer: folder or name on the Hugging Face hub, with BERT's vocabulary; None takes single letters, for runs
+            that only exercise the machinery.
         tokenizer_subfolder: as in pipeline folders ("tokenizer").
         length: tokens of a caption; longer captions are cut.
         vocabulary: tokens that there are; BERT's 30,522.
@@ -148,7 +157,7 @@ class BertTextEncoder(TransformerEncoder):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | None,
         tokenizer_subfolder: str = "",
         length: int = 77,
         vocabulary: int = 30522,
@@ -159,7 +168,7 @@ class BertTextEncoder(TransformerEncoder):
         folder: str | None = None,
     ) -> None:
         super().__init__(vocabulary, length, width, layers, heads, head_dim, folder)
-        self._tokenizer = (tokenizer, tokenizer_subfolder)
+        self._tokenizer, self._subfolder = tokenizer, tokenizer_subfolder
 
     def forward(self, inputs: Sequence[str]) -> Outputs:
         options: dict[str, Any] = {"padding": "max_length", "max_length": self.length, "truncation": True}
@@ -176,13 +185,16 @@ class BertTextEncoder(TransformerEncoder):
 
         from models.hub import load_part
 
-        loaded = load_part(BertTokenizer.from_pretrained, *self._tokenizer)
+        if self._tokenizer is None:
+            pieces = [f"{joint}{letter}" for joint in ("", "##") for letter in _LETTERS]
+            return BertTokenizer({piece: i for i, piece in enumerate([*_SPECIAL, *pieces])})
+        loaded = load_part(BertTokenizer.from_pretrained, self._tokenizer, self._subfolder)
         if len(loaded) > (own := self.model.embed_tokens.num_embeddings):
-            raise ValueError(f"the tokenizer {self._tokenizer[0]!r} has {len(loaded)} tokens; vocabulary={own} is less")
+            raise ValueError(f"the tokenizer {self._tokenizer!r} has {len(loaded)} tokens; vocabulary={own} is less")
         return loaded
 
-    def init_tokens(self, n: int) -> Tensor:
-        """Tokens of n samples, for a pass without any."""
+    def blank_tokens(self, n: int) -> Tensor:
+        """See `TransformerEncoder`."""
         return torch.zeros(n, self.length, dtype=torch.int64, device=self.device)
 
 

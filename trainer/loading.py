@@ -1,6 +1,7 @@
 """Networks ready to sample from: of one of our runs, or of a diffusers pipeline."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from conf.schema import build
+from data.fields import Field
 from models.autoencoder import AutoencoderKL
 from models.first_stage import FirstStage, KLFirstStage, VQFirstStage
 from models.lora import Adapter
@@ -37,8 +39,10 @@ class Loaded:
         config: "model", "first_stage", "conditioner", "process" and "sampler" as a run's config describes them; a
             pipeline's sampler is that of its scheduler.
         size: (height, width) in pixels that it was trained at (the first bucket).
+        fields: what samples that it was trained on come with, by name.
         source: where it came from, for pictures' metadata.
         seed: of the run, from which a first stage without weights of its own is drawn again.
+        fields: what samples that it was trained on come with, by name.
     """
 
     networks: dict[str, nn.Module]
@@ -47,6 +51,7 @@ class Loaded:
     size: tuple[int, int]
     source: str
     seed: int = 0
+    fields: Mapping[str, Field] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,7 @@ def _load_checkpoint(path: Path, ema: str, exact: bool) -> Loaded:
         size=(buckets[0].height, buckets[0].width),
         source=f"{path}, {f'EMA {length}' if length else 'weights'}",
         seed=config.seed,
+        fields={name: build(node) for name, node in (config.data.get("fields") or {}).items()},
     )
 
 

@@ -11,6 +11,7 @@ from conf.errors import ConfigError, mistakes
 from conf.schema import build, target
 from data.buckets import Buckets
 from data.tars import TarSplit
+from models.conditioner import ConditionMap, LearnedEncoder
 from models.pipeline_folder import INDEX, PipelineFolder
 from trainer.distributed import World, barrier
 from trainer.objectives.base import DropsCaptions, Objective
@@ -62,14 +63,22 @@ def check_networks(config: Any, objective: Objective) -> None:
             objective.check_encoders(encoders, (sizes is not None) + len(maps or []))
     if "conditioner" in objective.networks:
         _check_learning(config.conditioner, objective)
+        _check_fields(config)
     networks = networks_on_meta(config, objective)
     if "denoiser" not in networks:
         return
     denoiser = networks["denoiser"]
     if "first_stage" in networks:
         _check_latents(denoiser, networks["first_stage"], build(config.buckets))
-    if "conditioner" in objective.networks and _from_captions(config.conditioner):
-        _check_conditions(denoiser, config.conditioner.width, config.conditioner.width)
+    if "conditioner" in objective.networks:
+        _check_maps(denoiser, config.conditioner)
+        if _from_captions(config.conditioner):
+            _check_conditions(denoiser, config.conditioner.width, config.conditioner.width)
+        elif "conditioner" in networks:
+            conditioner = networks["conditioner"]
+            _check_conditions(denoiser, conditioner.context_dim, conditioner.pooled_dim)
+            if conditioner.encoders and not denoiser.condition_keys(conditioner.context_dim, conditioner.pooled_dim):
+                raise ConfigError("model: it reads no context, and the conditioner learns to give one.")
 
 
 def _check_learning(config: Any, objective: Objective) -> None:
@@ -78,6 +87,25 @@ def _check_learning(config: Any, objective: Objective) -> None:
         raise ConfigError("the conditioner learns with the denoiser: set objective.train_conditioner=true.")
     if trained and not conditioner_learns(config):
         raise ConfigError("objective.train_conditioner=true: the conditioner is frozen, and has nothing to learn.")
+
+
+def _check_fields(config: Any) -> None:
+    """Whether samples have the fields that the conditioner reads."""
+    nodes = [*config.conditioner.get("encoders", []), *(config.conditioner.get("maps") or [])]
+    kinds: list[Any] = [target(node["_target_"], "conditioner") for node in nodes]
+    with torch.device("meta"):  # pretrained encoders read captions and pictures
+        own = [issubclass(kind, LearnedEncoder | ConditionMap) for kind in kinds]
+        parts = [build(node) for node, reads_fields in zip(nodes, own, strict=True) if reads_fields]
+    asked = {name for part in parts for name in ([part.reads] if isinstance(part.reads, str) else part.reads)}
+    asked |= {(config.conditioner.get("sizes") or {}).get("aesthetic")} - {None}
+    have = set(config.data.fields or {}) | {"captions", "images"}
+    for source in config.data.sources.values():
+        have |= set(source.get("fields") or {})
+    if missing := sorted(asked - have):
+        raise ConfigError(
+            f"data.fields.{missing[0]} is missing: the conditioner reads it. Say where samples have it, such as"
+            f" data.fields.{missing[0]}._target_=data.fields.Label data.fields.{missing[0]}.member=cls."
+        )
 
 
 def networks_on_meta(config: Any, objective: Objective) -> dict[str, Any]:
@@ -163,6 +191,19 @@ def _check_latents(denoiser: Any, first_stage: Any, buckets: Buckets) -> None:
 def _check_conditions(denoiser: Any, context_dim: int, pooled_dim: int) -> None:
     for key, gives in denoiser.condition_keys(context_dim, pooled_dim).items():
         _check(denoiser, key, "conditioner", gives)
+
+
+def _check_maps(denoiser: Any, config: Any) -> None:
+    with torch.device("meta"):
+        gives = sum(build(node).channels for node in config.get("maps") or [])
+    takes = denoiser.config.get("concat_channels", 0)
+    if takes != gives:
+        raise ConfigError(
+            f"model.concat_channels is {takes}, but the conditioner's maps have {gives} channels: set"
+            f" model.concat_channels={gives}."
+            if "concat_channels" in denoiser.config
+            else f"conditioner.maps: {type(denoiser).__name__} takes nothing beside the latent; take a UNet."
+        )
 
 
 def _check(denoiser: Any, key: str, giver: str, gives: int) -> None:

@@ -178,6 +178,8 @@ def test_fields_of_sources_and_configurations_that_cannot_be(tmp_path):
         TarData(sources, **options)
     with pytest.raises(ValueError, match=r"there is no column for a field, 'nowhere'; the columns are"):
         opened(tmp_path / "a", {"x": Number(column="nowhere")})
+    (batch,) = read(opened(tmp_path / "a", {"x": Number(column="nowhere", default=5.0)}), size=2)
+    assert batch.fields["x"].tolist() == [5.0, 5.0]
     with pytest.raises(ValueError, match="of a `column`"):
         Label()
 

@@ -105,3 +105,11 @@ def test_a_layouts_tokens_are_labels_and_corners_on_a_grid():
     context = conditioner(given)["context"]
     assert context.shape == (2, 92, 12)
     torch.testing.assert_close(conditioner(given, torch.tensor([[False], [True]]))["context"][0], context[1])
+
+
+def test_without_a_tokenizer_letters_are_tokens():
+    encoder = initialize(BertTextEncoder(None, length=8, vocabulary=100, **TINY), seed=0)
+    told = encoder.tokenizer(["ab c", "ab d"]).input_ids
+    assert len(told[0]) == len(told[1]) == 5 and told[0][:3] == told[1][:3] and told[0] != told[1]
+    states, _ = encoder(["ab c", "ab d"])
+    assert states.shape == (2, 8, 12) and not torch.equal(*states)

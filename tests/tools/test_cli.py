@@ -298,7 +298,7 @@ def test_tiny_shrinks_by_class_below_the_command_line():
 def test_every_experiment_composes_and_passes_the_check(experiment, scale):
     from trainer.train import Config
 
-    needed = ["first_stage.folder=/vae"] if experiment.startswith(("sd3", "sdxl")) and scale == "full" else []
+    needed = ["first_stage.folder=/vae"] if experiment.startswith(("sd3", "sdxl", "ldm")) and scale == "full" else []
     if "autoencoder" in experiment and scale == "full":
         needed = ["networks.lpips.vgg=/vgg16.pth", "networks.lpips.linear=/lpips.pth"]
     config = compose("train", [f"experiment={experiment}", f"scale={scale}", *needed])
@@ -395,3 +395,11 @@ def test_the_same_command_joins_an_existing_torchrun(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert len((tmp_path / "runs" / "joined" / "metrics.jsonl").read_text().splitlines()) == 2
     assert not list((tmp_path / "runs" / "joined" / "logs").iterdir())
+
+
+def test_tiny_lets_what_is_trained_locally_stand_in_for_what_has_to_be_downloaded():
+    local, learned = "models.text_training.CaptionConditioner", "models.conditioner.Conditioner"
+    assert compose("train", ["experiment=sd3/medium_256", "scale=tiny"]).conditioner._target_ == local
+    chosen = compose("train", ["experiment=sd3/medium_256", "scale=tiny", "conditioner=class_label"]).conditioner
+    assert chosen._target_ == learned and chosen.encoders[0].width == 32 and "context_dim" not in chosen
+    assert compose("train", ["conditioner=sd3"]).conditioner._target_ == learned

@@ -6,6 +6,7 @@ import pytest
 
 from conf.compose import ROOT
 from data.run_directory import read_jsonl
+from tests.trainer.task_tars import write_task_tars
 from tools import cli
 from tools.demo.scenes import write_tars
 
@@ -19,9 +20,10 @@ MORE = {"experiment=sdxl/refiner": ["data.fields.aesthetic_score.default=5.0"]}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Scenes, and a text encoder that the first run trains for all."""
+    """Scenes, and a text encoder that the first run trains for all; pictures with classes, boxes, maps."""
     folder = tmp_path_factory.mktemp("experiments")
     write_tars(folder / "scenes", 60, seed=0)
+    write_task_tars(folder / "fields", 60)
     return folder
 
 
@@ -31,10 +33,12 @@ def folder(tmp_path_factory) -> Path:
 )
 def test_it_trains_validates_saves_and_samples(folder, chosen):
     name = chosen.replace("/", "_")
+    with_fields = chosen.startswith("experiment=ldm/") and "autoencoder" not in chosen
     arguments = [
         *("train", chosen, "scale=tiny", "steps=2", "samples.every=2", "validation.every=2", "log.wandb=null"),
-        *(f"runs={folder}/runs", f"name={name}", f"conditioner.folder={folder}/text_encoder"),
-        *(f"data.sources.scenes.shards={folder}/scenes", f"data.cache_folder={folder}/cache"),
+        *(f"runs={folder}/runs", f"name={name}", f"data.cache_folder={folder}/cache"),
+        *([] if with_fields else [f"conditioner.folder={folder}/text_encoder"]),
+        f"data.sources.some.shards={folder / ('fields' if with_fields else 'scenes')}",
         *MORE.get(chosen, []),
     ]
     assert cli.execute(arguments) == 0

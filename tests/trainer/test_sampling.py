@@ -33,6 +33,7 @@ class Words(nn.Module):
     """Every prompt is a random sequence of its own."""
 
     encoders = 1
+    sizes = None
 
     def unconditional(self, n: int) -> Tensor:
         return torch.zeros(n, 1, dtype=torch.bool)

@@ -1,9 +1,10 @@
 """Conditioners without their weights: encoders by their architecture, for what they hold and compute."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from conf.errors import ConfigError
@@ -13,6 +14,8 @@ from models.hub import load_part
 from models.image import ImageEncoder, embed, embedding_width
 from models.text import ClipEncoder, T5Encoder
 from models.text_training import CaptionConditioner
+from models.token_transformer import TransformerEncoder
+from trainer.networks import conditioner_learns
 
 # Architectures of published models, whose files a login node may not have. Of Stable Diffusion 3's encoders, see its
 # paper (arXiv 2403.03206, appendix B.3); CLIP's are those of arXiv 2103.00020, table 20.
@@ -78,12 +81,15 @@ class Skeleton(Encoder):
 class PlannedConditioner(Conditioner):
     """A conditioner that knows no values: it encodes everything, also what is dropped."""
 
-    def _encode_one(self, encoder: Encoder, given: Sequence[str] | Tensor, kept: Tensor) -> Outputs:
-        return encoder(given)
+    def _encode_one(self, encoder: Encoder, inputs: Any, kept: Tensor) -> Outputs:
+        if isinstance(encoder, TransformerEncoder):  # whose tokenizer is a file, too
+            return encoder.encode(encoder.blank_tokens(len(inputs)))
+        return encoder(inputs)
 
 
 def planned_conditioner(config: Any, held: bool) -> PlannedConditioner:
-    """The conditioner that a config describes, without reading weights or tokenizers.
+    """The conditioner that a config describes, without reading weights or tokenizers; on the meta device if it is
+    trained.
 
     Args:
         config: of a `Conditioner`.
@@ -92,6 +98,9 @@ def planned_conditioner(config: Any, held: bool) -> PlannedConditioner:
     Raises:
         ConfigError: an encoder's architecture is not at hand.
     """
+    if conditioner_learns(config):
+        with torch.device("meta"):
+            return build(OmegaConf.merge(config, {"_target_": f"{__name__}.{PlannedConditioner.__name__}"}))
     if issubclass(target(config["_target_"], "conditioner"), CaptionConditioner):  # type: ignore[arg-type]
         encoders: list[Encoder] = [_t5(_local_t5(config), config.length, pooled=True)]
         settings = {}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class Diffusion(Objective):
         caption_dropout: probability with which each of the conditioner's encoders is dropped from a sample, of all
             independently; one number for all or one for each (SD3 drops each of three in 46.4 % of samples, arXiv
             2403.03206). Further numbers are for the conditioner's sizes and maps, which else are never dropped.
+        error: of the prediction, "squared", or "absolute" (latent diffusion's L1).
         train_conditioner: whether the conditioner's weights are learned with the denoiser's.
         validation_times: number of times t at which held-out samples are noised, the midpoints of as many equal parts
             of the times that are trained (SD3, section 5.3: eight, of [0, 1]).
@@ -47,6 +49,7 @@ class Diffusion(Objective):
         guidance: Guidance,
         caption_dropout: float | list[float] = 0.1,
         validation_times: int = 8,
+        error: Literal["squared", "absolute"] = "squared",
         train_conditioner: bool = False,
     ):
         if validation_times < 1:
@@ -55,11 +58,11 @@ class Diffusion(Objective):
         if not all(0 <= rate <= 1 for rate in rates):
             raise ValueError(f"objective.caption_dropout is {caption_dropout}; it takes probabilities, from 0 to 1")
         self.process, self.sampler, self.guidance = process, sampler, guidance
-        self.caption_dropout, self.validation_times = caption_dropout, validation_times
+        self.caption_dropout, self.validation_times, self.error = caption_dropout, validation_times, error
         self.phases = (Phase("denoise", ("denoiser", "conditioner") if train_conditioner else ("denoiser",)),)
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
-        """Weighted squared error of the prediction, averaged over each sample's elements."""
+        """Weighted error of the prediction, averaged over each sample's elements."""
         with torch.no_grad():
             x0 = latents(networks["first_stage"], batch)
         conditions = self.conditions(networks, batch)
@@ -73,7 +76,8 @@ class Diffusion(Objective):
         noise = batch.draws.normal("noise", x0.shape[1:], x0.device)
         x_t = self.process.add_noise(x0, noise, t)
         prediction = denoiser(self.process.network_input(x_t, t), self.process.network_time(t), **conditions)
-        error = (prediction.float() - self.process.target(x0, noise, t)).square().flatten(1).mean(1)
+        difference = prediction.float() - self.process.target(x0, noise, t)
+        error = (difference.square() if self.error == "squared" else difference.abs()).flatten(1).mean(1)
         return Losses(per_sample=self.process.loss_weight(t) * error, t=t.detach())
 
     def validation_losses(self, networks: Mapping[str, nn.Module], batch: Batch) -> Mapping[str, Tensor]:
