@@ -101,7 +101,7 @@ def test_help_of_train_names_groups_and_choices(capsys):
             ["'data.sources.a.shards'", "MILLRACE_NOT_SET"],
         ),
         (["train", "engine=3"], ["'engine'", "'3'", "fsdp"]),
-        (["train", "process=edm", "+process.density.mean=3"], ["process.density.mean", "takes none"]),
+        (["train", "process=edm", "+process.density.mean=3"], ["process.density.mean", "takes low, high"]),
         (["train", "experiment=demo/scenes", "engine=deepspeed", "engine.reshard_after_forward=true"], ["reshard"]),
         (["train", "experiment=demo/scenes", "process=edm", "process.density.mean=0.5"], ["process.density.mean"]),
     ],
