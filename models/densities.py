@@ -42,6 +42,25 @@ class Uniform(Density):
         return low + (high - low) * u
 
 
+class Steps(Density):
+    """The discrete steps of DDPM, LDM and Stable Diffusion, all as often: t is a multiple of 1 / steps.
+
+    A network is then told integers in training, as the originals' are. Drawn from all of [0, 1], which is the default
+    everywhere, times between the steps are trained too, at the same noise on average.
+
+    Args:
+        steps: their number.
+    """
+
+    def __init__(self, steps: int = 1000):
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.steps = steps
+
+    def sample(self, u: Tensor) -> Tensor:
+        return (torch.floor(u * self.steps) + 1) / self.steps
+
+
 class LogitNormal(Density):
     """logit(t) is normal: times between image and noise, which are the hardest, are drawn more often.
 

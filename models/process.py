@@ -88,6 +88,24 @@ class Process:
         """Factor on each sample's mean squared error of the prediction, of t's shape."""
         return self.weight(t, self.path, self.parameterization)
 
+    def bound(self, x0: Tensor, estimate: Tensor, t: Tensor, steps: int) -> Tensor:
+        """A step's term of the variational bound on -log p(x_0), in nats per element, (n,).
+
+        It is the divergence KL(q(x_s | x_t, x_0) || q(x_s | x_t, estimate)) for s = t - 1 / steps. Both are Gaussians
+        of one variance, which leaves (SNR_s - SNR_t) / 2 times the estimate's squared error (VDM, arXiv 2107.00630,
+        eq. 13). Times `steps`, it estimates the bound's sum from a time drawn uniformly; LDM logs it as `loss_vlb`.
+
+        Args:
+            x0, estimate: the image and what a network takes it for, (n, ...).
+            t: (n,), at least 1 / steps; at that first step s is the clean image, and the term is that of the second, as
+                in DDPM's clipped variances.
+            steps: of the discrete process.
+        """
+        t = t.double().clamp(min=2 / steps)
+        snr_s, snr_t = (torch.exp(self.path.log_snr(time)) for time in (t - 1 / steps, t))
+        error = (x0 - estimate).square().flatten(1).mean(1)
+        return ((snr_s - snr_t) / 2 * error).float()
+
     # The network's side
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:

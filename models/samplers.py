@@ -351,7 +351,12 @@ class PLMS(Sampler):
         before: list[Tensor] = []  # noise predictions, the newest first
         for step, (t, t_next) in enumerate(pairwise(times)):
             (alpha, sigma), (alpha_next, sigma_next) = process.alpha_sigma(t), process.alpha_sigma(t_next)
-            before = [(x - alpha * denoise(x, t)) / sigma, *before[:3]]
+            x0 = denoise(x, t)
+            before = [(x - alpha * x0) / sigma, *before[:3]]
+            if alpha == 0:  # pure noise, from which no image follows by way of the noise
+                x = alpha_next * x0 + sigma_next * before[0]
+                yield x
+                continue
             weighted = zip(self._WEIGHTS[len(before) - 1], before, strict=True)
             eps = torch.stack([weight * one for weight, one in weighted]).sum(0)
             if step == 0 and sigma_next > 0:

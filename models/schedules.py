@@ -115,6 +115,49 @@ class ScaledLinear(NoisePath):
         return torch.lerp(table[left], table[left + 1], position - left)
 
 
+class ZeroTerminalSNR(NoisePath):
+    """Another path, rescaled to end in pure noise (Lin et al., arXiv 2305.08891, algorithm 1).
+
+    alpha is moved so that it ends at 0 and stretched so that the first discrete step keeps its own; below that step the
+    path stays as it is. A network that predicts noise cannot start at its end: take v-prediction.
+
+    Args:
+        of: a path with alpha^2 + sigma^2 = 1, such as `ScaledLinear`.
+        steps: its number of discrete steps; the first stands at t = 1 / steps.
+    """
+
+    def __init__(self, of: NoisePath, steps: int = 1000):
+        self.of = of
+        self.steps = steps
+        ends = torch.tensor([1 / steps, 1.0], dtype=torch.float64)
+        first, last = (float(alpha) for alpha in of.alpha_sigma(ends)[0])
+        self._first, self._last, self._stretch = first, last, first / (first - last)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self._alpha(t)
+        return alpha.to(t.dtype), torch.sqrt((1 - alpha) * (1 + alpha)).to(t.dtype)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        alpha = self._alpha(t)
+        return (2 * torch.log(alpha) - torch.log((1 - alpha) * (1 + alpha))).to(t.dtype)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        alpha = torch.exp(torch.nn.functional.logsigmoid(log_snr.double()) / 2)
+        before = alpha / self._stretch + self._last
+        rescaled = self.of.time(2 * torch.log(before) - torch.log((1 - before) * (1 + before)))
+        return torch.where(alpha >= self._first, self.of.time(log_snr.double()), rescaled).to(log_snr.dtype)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return self.of.network_time(t)
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        """alpha_t in float64: it is a small difference near the end."""
+        t = t.double()
+        alpha, _ = self.of.alpha_sigma(t)
+        rescaled = (alpha - self._last) * self._stretch
+        return torch.where(t <= 1 / self.steps, alpha, rescaled.clamp(min=0))
+
+
 class UnscaledPath(NoisePath):
     """A path that leaves the image as it is: alpha = 1, sigma = exp(-lambda_t / 2). The network is told log(sigma).
 

@@ -44,3 +44,26 @@ class MeasuredAs(Weight):
         same_noise = self.path.time(path.log_snr(exact))
         wanted = self.parameterization.error_ratio(*self.path.alpha_sigma(same_noise))
         return (wanted / parameterization.error_ratio(*path.alpha_sigma(exact))).to(t.dtype)
+
+
+class MinSNR(Weight):
+    """min(SNR, gamma) on the squared error of the image, whatever the network predicts (Hang et al., arXiv 2303.09556).
+
+    For a network that predicts noise that is min(SNR, gamma) / SNR, for v-prediction min(SNR, gamma) / (SNR + 1): steps
+    with little noise, whose tasks are easy and many, count less.
+
+    Args:
+        gamma: the paper's 5.
+    """
+
+    def __init__(self, gamma: float = 5.0):
+        if gamma <= 0:
+            raise ValueError(f"gamma must be positive, got {gamma}")
+        self.gamma = gamma
+
+    def __call__(self, t: Tensor, path: NoisePath, parameterization: Parameterization) -> Tensor:
+        exact = t.double()
+        alpha, sigma = path.alpha_sigma(exact)
+        # Of x_0 = (b x_t - sigma F) / D: the image's squared error is (sigma / D)^2 times the prediction's.
+        of_image = (sigma / parameterization.determinant(alpha, sigma)) ** 2
+        return (torch.clamp((alpha / sigma) ** 2, max=self.gamma) * of_image).to(t.dtype)

@@ -11,18 +11,27 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import conf
-from models.densities import CosMap, LogitNormal, Mode, Uniform
+from models.densities import CosMap, LogitNormal, Mode, Steps, Uniform
 from models.parameterizations import EDMPreconditioning, Image, Noise, V, Velocity
 from models.process import Process
-from models.schedules import EDM, Cosine, NoisePath, RectifiedFlow, ScaledLinear, VarianceExploding
-from models.weighting import MeasuredAs, Unweighted
+from models.schedules import (
+    EDM,
+    Cosine,
+    NoisePath,
+    RectifiedFlow,
+    ScaledLinear,
+    VarianceExploding,
+    ZeroTerminalSNR,
+)
+from models.weighting import MeasuredAs, MinSNR, Unweighted
 
 FORMULATIONS = ["rectified_flow", "rectified_flow_image", "eps_linear", "eps_cosine", "v_linear", "v_cosine"]
-FORMULATIONS += ["edm", "edm_rf", "edm_cosine"]
+FORMULATIONS += ["v_zero_snr", "edm", "edm_rf", "edm_cosine"]
 PATHS = {
     "rectified flow": RectifiedFlow(),
     "cosine": Cosine(),
     "linear": ScaledLinear(),
+    "zero terminal SNR": ZeroTerminalSNR(ScaledLinear()),
     "edm": EDM(),
     "exploding": VarianceExploding(Cosine()),
 }
@@ -333,3 +342,82 @@ def test_sampling_starts_at_one_or_where_the_image_can_still_be_found():
 def test_impossible_settings_are_refused(build):
     with pytest.raises(ValueError, match="must"):
         build()
+
+
+def test_steps_are_the_integers_that_ddpm_draws():
+    u = quantiles(10_000).float()
+    process = plain(ScaledLinear(), Noise(), Steps(1000))
+    told, counts = process.network_time(process.sample_t(u)).round(decimals=3).unique(return_counts=True)
+    assert told.tolist() == list(range(1000)) and set(counts.tolist()) == {10}
+
+
+# What diffusers has functions for
+
+
+def test_zero_terminal_snr_is_what_diffusers_rescales_to():
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0).sqrt()
+    path = ZeroTerminalSNR(ScaledLinear(0.00085, 0.012))
+    steps = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    alpha, sigma = path.alpha_sigma(steps)
+    torch.testing.assert_close(alpha, expected, rtol=1e-9, atol=1e-12)
+    assert alpha[-1] == 0 and sigma[-1] == 1
+    assert path.network_time(steps).tolist() == pytest.approx(range(1000))
+    process = process_of("v_zero_snr")
+    assert process.start_time() == 1
+    assert process.sample_t(torch.tensor([0.0, 0.9999999])).isfinite().all()
+
+
+@pytest.mark.parametrize("path", [ScaledLinear(), Cosine(), ZeroTerminalSNR(ScaledLinear())])
+@pytest.mark.parametrize(
+    ("parameterization", "published"),
+    [
+        (Noise(), lambda snr, capped: capped / snr),
+        (V(), lambda snr, capped: capped / (snr + 1)),
+        (Image(), lambda snr, capped: capped),
+    ],
+)
+def test_min_snr_weights_are_the_papers(path, parameterization, published):
+    snr = torch.exp(path.log_snr(INNER))
+    expected = published(snr, snr.clamp(max=5.0))
+    assert (snr > 5).any() and (snr < 5).any()
+    torch.testing.assert_close(plain(path, parameterization, weight=MinSNR()).loss_weight(INNER), expected)
+
+
+def test_min_snr_is_a_choice_of_the_process():
+    assert isinstance(process_of("v_zero_snr", "process/weight=min_snr").weight, MinSNR)
+    assert isinstance(process_of("eps_linear").weight, Unweighted)
+    with pytest.raises(ValueError, match="gamma"):
+        MinSNR(0.0)
+
+
+def test_the_bounds_terms_are_divergences_of_ddpms_posteriors():
+    """Against the two Gaussians themselves (DDPM, arXiv 2006.11239, eq. 6 and 7), and LDM's weights on the error."""
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
+    product = torch.cumprod(1 - betas, 0)
+    path = ScaledLinear(0.0015, 0.0195)
+    process = plain(path, Noise())
+    generator = torch.Generator().manual_seed(0)
+    x0, estimate, noise = torch.randn(3, 4, 2, 3, 3, generator=generator, dtype=torch.float64)
+    steps = torch.tensor([1, 2, 500, 999])
+    t = (steps + 1) / 1000
+    terms = process.bound(x0, estimate, t, 1000)
+    for i, step in enumerate(steps.tolist()):
+        beta, now, before = betas[step], product[step], product[step - 1]
+        x_t = now.sqrt() * x0[i] + (1 - now).sqrt() * noise[i]
+        std = (beta * (1 - before) / (1 - now)).sqrt()
+
+        def posterior(image, x_t=x_t, beta=beta, now=now, before=before, std=std):
+            mean = before.sqrt() * beta / (1 - now) * image + (1 - beta).sqrt() * (1 - before) / (1 - now) * x_t
+            return torch.distributions.Normal(mean, std)
+
+        divergence = torch.distributions.kl_divergence(posterior(x0[i]), posterior(estimate[i])).mean()
+        assert terms[i].item() == pytest.approx(divergence.item(), rel=2e-3)  # float32 times
+        # ldm.models.diffusion.ddpm: beta^2 / (2 variance alpha (1 - product)) on the noise's mean squared error
+        ldm = beta**2 / (2 * std**2 * (1 - beta) * (1 - now))
+        error = ((x0[i] - estimate[i]) * (now / (1 - now)).sqrt()).square().mean()
+        assert terms[i].item() == pytest.approx((ldm * error).item(), rel=2e-3)
+    first, second = process.bound(x0[:2], x0[:2] + 1, torch.tensor([1e-3, 2e-3], dtype=torch.float64), 1000)
+    assert first == second > 0

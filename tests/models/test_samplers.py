@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 import conf
 from models.guidance import Guidance, denoiser
 from models.process import Process
-from models.samplers import DDIM, DPMSolverPP2M, Euler, Heun, KarrasTimes, Sampler, UniformTimes
+from models.samplers import DDIM, PLMS, DPMSolverPP2M, Euler, Heun, KarrasTimes, Sampler, UniformTimes
 
 SHAPE = (2, 3, 4, 4)
 STEPS = 10
@@ -134,6 +134,74 @@ def test_ddim_equals_diffusers(eta: float, formulation: str, prediction: str):
     mine, calls = ours(DDIM(STEPS, eta), process_of(formulation))
     assert calls == pytest.approx(scheduler.timesteps.tolist(), abs=1e-4)
     assert_same_steps(mine, theirs, tolerance=5e-5)
+
+
+LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])  # at 1, diffusers' first step has the root of its rounding
+def test_ddim_from_pure_noise_equals_diffusers(eta: float):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        **LINEAR,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    scheduler.set_timesteps(STEPS)
+    x, network, theirs = keyed_noise("start", 0), Network(), []
+    for i, t in enumerate(scheduler.timesteps):
+        fresh = keyed_noise("step", i) if eta else None
+        x = scheduler.step(network(x, t.float().expand(SHAPE[0])), t, x, eta=eta, variance_noise=fresh).prev_sample
+        theirs.append(x)
+    mine, calls = ours(DDIM(STEPS, eta), process_of("v_zero_snr"))
+    assert calls == pytest.approx(scheduler.timesteps.tolist(), abs=1e-4)
+    assert_same_steps(mine, theirs, tolerance=5e-5)
+
+
+@pytest.mark.parametrize(("formulation", "prediction"), [("eps_linear", "epsilon"), ("v_linear", "v_prediction")])
+def test_ddim_at_the_steps_of_stable_diffusion_equals_its_pipelines(formulation: str, prediction: str):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        **LINEAR, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction
+    )
+    scheduler.set_timesteps(STEPS)
+    theirs, timesteps = run_scheduler(scheduler, keyed_noise("start", 0))
+    sampler = build("sampler=ddim_sd", f"sampler.steps={STEPS}").sampler
+    mine, calls = ours(sampler, process_of(formulation))
+    assert calls == pytest.approx(timesteps, abs=1e-4)
+    assert_same_steps(mine, theirs, tolerance=5e-5)
+
+
+def test_plms_equals_stable_diffusions_pipeline():
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler(**LINEAR, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(STEPS)
+    theirs, timesteps = run_scheduler(scheduler, keyed_noise("start", 0))
+    mine, calls = ours(build("sampler=plms", f"sampler.steps={STEPS}").sampler, process_of("eps_linear"))
+    assert calls == pytest.approx(timesteps, abs=1e-4)
+    # its first step is the two calls of an improved Euler step
+    assert_same_steps(mine, theirs[1:], tolerance=5e-5)
+
+
+def test_euler_at_the_steps_of_sdxl_equals_its_pipeline():
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler(**LINEAR, timestep_spacing="leading", steps_offset=1)
+    scheduler.set_timesteps(STEPS)
+    process = process_of("eps_linear")
+    start = keyed_noise("start", 0) * scheduler.init_noise_sigma
+    theirs, timesteps = run_scheduler(scheduler, start)
+    sampler = build("sampler=euler_sdxl", f"sampler.steps={STEPS}").sampler
+    times = sampler.grid.times(process, STEPS)
+    mine, calls = ours(sampler, process)
+    assert calls == pytest.approx(timesteps, abs=1e-4)
+    alphas = [process.alpha_sigma(t)[0].float() for t in times[1:]]
+    assert_same_steps(mine, [x * alpha for x, alpha in zip(theirs, alphas, strict=True)], tolerance=5e-5)
 
 
 @pytest.mark.parametrize("formulation", ["eps_linear", "v_linear", "rectified_flow"])
@@ -266,7 +334,17 @@ def test_heun_with_churn_is_edms_algorithm_2(churn: float):
 
 # On Gaussian data, where the exact denoiser and the ODE's solution are known
 
-FORMULATIONS = ["rectified_flow", "eps_linear", "v_linear", "eps_cosine", "v_cosine", "edm", "edm_rf", "edm_cosine"]
+FORMULATIONS = [
+    "rectified_flow",
+    "eps_linear",
+    "v_linear",
+    "v_zero_snr",
+    "eps_cosine",
+    "v_cosine",
+    "edm",
+    "edm_rf",
+    "edm_cosine",
+]
 MEAN, STD = 0.7, 0.3
 
 
@@ -286,7 +364,7 @@ def gaussian_error(sampler: Sampler, process: Process) -> float:
 
 
 @pytest.mark.parametrize("name", FORMULATIONS)
-@pytest.mark.parametrize("rule", [Euler, Heun, DPMSolverPP2M])
+@pytest.mark.parametrize("rule", [Euler, Heun, DPMSolverPP2M, PLMS])
 def test_samplers_converge_to_the_odes_solution_at_their_order(name: str, rule: type[Sampler]):
     process = process_of(name)
     grid = UniformTimes() if name == "rectified_flow" else KarrasTimes()
@@ -304,6 +382,8 @@ def test_every_sampler_is_finite_on_every_formulation(name: str):
         Heun(4, churn=1.0),
         DDIM(4, 1.0),
         DPMSolverPP2M(4),
+        PLMS(6),
+        PLMS(1),
         Heun(4, KarrasTimes(), churn=1.0),
         Euler(1),
     ]:
@@ -312,7 +392,7 @@ def test_every_sampler_is_finite_on_every_formulation(name: str):
 
 
 def test_sampler_configs_build():
-    for name in ["euler", "heun", "ddim", "dpmpp_2m", "edm_heun"]:
+    for name in ["euler", "heun", "ddim", "dpmpp_2m", "edm_heun", "plms", "ddim_sd", "euler_sdxl"]:
         assert isinstance(build(f"sampler={name}").sampler, Sampler)
 
 

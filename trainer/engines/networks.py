@@ -3,6 +3,7 @@ compilation, filling from the meta device, freezing."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import CodeType, FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -55,11 +56,34 @@ class _Checkpointed:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile each block's forward. Blocks of one kind share graphs: the first shape gives a static one, the next a
-    second one in which what changed (the number of tokens, the batch) is dynamic. `fullgraph` turns a graph break, and
-    passing the compiler's limit of recompilations, into an error instead of a silent fall back to eager."""
+    """Compile each block's forward. Blocks of one kind (a class at one size) share graphs: the first shape gives a
+    static one, the next a second one in which what changed (the number of tokens, the batch) is dynamic. `fullgraph`
+    turns a graph break, and passing the compiler's limit of recompilations, into an error instead of a silent fall back
+    to eager.
+
+    The compiler counts and looks up graphs by a function's code. Each kind has a copy of its own, so that a network of
+    many kinds (a UNet has one for each pair of widths) neither reaches the limit nor tries all others' graphs.
+    """
+    codes: dict[Any, CodeType] = {}
     for block in blocks_of(network):
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        forward = type(block).forward
+        code = codes.setdefault(_kind(block), forward.__code__.replace(co_name=f"forward_{len(codes)}"))
+        own = FunctionType(code, forward.__globals__, code.co_name, forward.__defaults__, forward.__closure__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        block.forward = torch.compile(MethodType(own, block), fullgraph=True)
+
+
+def _kind(block: nn.Module) -> Any:
+    """What graphs of the block depend on, beside its inputs: classes, sizes and settings of its modules."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))),
+            tuple((k, tuple(p.shape)) for k, p in module.named_parameters(recurse=False)),
+        )
+        for name, module in block.named_modules()
+    )
 
 
 def cast_at_border(network: nn.Module, dtype: torch.dtype) -> None:

@@ -33,6 +33,10 @@ class Diffusion(Objective):
             2403.03206). Further numbers are for the conditioner's sizes and maps, which else are never dropped.
         error: of the prediction, "squared", or "absolute" (latent diffusion's L1).
         train_conditioner: whether the conditioner's weights are learned with the denoiser's.
+        offset_noise: strength of a further noise that is one number for each of a sample's channels: then a network can
+            learn to change a picture's brightness. SDXL: 0.05.
+        bound_steps: of a discrete process whose variational bound is estimated in validation, as `val/bound`, in nats
+            per element (LDM: 1000); None does not.
         validation_times: number of times t at which held-out samples are noised, the midpoints of as many equal parts
             of the times that are trained (SD3, section 5.3: eight, of [0, 1]).
     """
@@ -51,12 +55,17 @@ class Diffusion(Objective):
         validation_times: int = 8,
         error: Literal["squared", "absolute"] = "squared",
         train_conditioner: bool = False,
+        offset_noise: float = 0.0,
+        bound_steps: int | None = None,
     ):
         if validation_times < 1:
             raise ValueError(f"objective.validation_times is {validation_times}; it must be at least 1")
         rates = caption_dropout if isinstance(caption_dropout, list) else [caption_dropout]
         if not all(0 <= rate <= 1 for rate in rates):
             raise ValueError(f"objective.caption_dropout is {caption_dropout}; it takes probabilities, from 0 to 1")
+        if offset_noise < 0:
+            raise ValueError(f"objective.offset_noise is {offset_noise}; it takes a number from 0")
+        self.offset_noise, self.bound_steps = offset_noise, bound_steps
         self.process, self.sampler, self.guidance = process, sampler, guidance
         self.caption_dropout, self.validation_times, self.error = caption_dropout, validation_times, error
         self.phases = (Phase("denoise", ("denoiser", "conditioner") if train_conditioner else ("denoiser",)),)
@@ -73,22 +82,43 @@ class Diffusion(Objective):
         self, denoiser: nn.Module, x0: Tensor, conditions: Mapping[str, Tensor], batch: Batch, t: Tensor
     ) -> Losses:
         """The loss of each sample at given times t (n,)."""
-        noise = batch.draws.normal("noise", x0.shape[1:], x0.device)
+        noise = self._noise(batch, x0)
         x_t = self.process.add_noise(x0, noise, t)
-        prediction = denoiser(self.process.network_input(x_t, t), self.process.network_time(t), **conditions)
-        difference = prediction.float() - self.process.target(x0, noise, t)
-        error = (difference.square() if self.error == "squared" else difference.abs()).flatten(1).mean(1)
-        return Losses(per_sample=self.process.loss_weight(t) * error, t=t.detach())
+        prediction = self._predict(denoiser, x_t, conditions, t)
+        return Losses(per_sample=self._loss(prediction, self.process.target(x0, noise, t), t), t=t.detach())
+
+    def _noise(self, batch: Batch, x0: Tensor) -> Tensor:
+        noise = batch.draws.normal("noise", x0.shape[1:], x0.device)
+        if self.offset_noise:
+            noise += self.offset_noise * batch.draws.normal("offset noise", (x0.shape[1], 1, 1), x0.device)
+        return noise
+
+    def _predict(self, denoiser: nn.Module, x_t: Tensor, conditions: Mapping[str, Tensor], t: Tensor) -> Tensor:
+        return denoiser(self.process.network_input(x_t, t), self.process.network_time(t), **conditions).float()
+
+    def _loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        difference = prediction - target
+        error = difference.square() if self.error == "squared" else difference.abs()
+        return self.process.loss_weight(t) * error.flatten(1).mean(1)
 
     def validation_losses(self, networks: Mapping[str, nn.Module], batch: Batch) -> Mapping[str, Tensor]:
         """The loss at each of the fixed times, `loss_by_t/<i>`, and their mean, under all captions."""
         x0 = latents(networks["first_stage"], batch)
         conditions = self.conditions(networks, batch, dropout=False)
-        by_time = {}
-        for i, t in enumerate(self.process.validation_times(self.validation_times).to(x0.device)):
-            losses = self.losses_at(networks["denoiser"], x0, conditions, batch, t.expand(len(batch)))
-            by_time[f"loss_by_t/{i}"] = losses.per_sample
-        return {"loss": torch.stack(list(by_time.values())).mean(0)} | by_time
+        noise = self._noise(batch, x0)
+        by_time, bounds = {}, []
+        for i, time in enumerate(self.process.validation_times(self.validation_times).to(x0.device)):
+            t = time.expand(len(batch))
+            x_t = self.process.add_noise(x0, noise, t)
+            prediction = self._predict(networks["denoiser"], x_t, conditions, t)
+            by_time[f"loss_by_t/{i}"] = self._loss(prediction, self.process.target(x0, noise, t), t)
+            if self.bound_steps is not None:
+                estimate = self.process.to_x0(prediction, x_t, t)
+                bounds.append(self.bound_steps * self.process.bound(x0, estimate, t, self.bound_steps))
+        means = {"loss": torch.stack(list(by_time.values())).mean(0)}
+        if bounds:
+            means["bound"] = torch.stack(bounds).mean(0)
+        return means | by_time
 
     def draw(
         self, networks: Mapping[str, nn.Module], pictures: Sequence[Picture], device: torch.device

@@ -1,0 +1,104 @@
+"""Plain diffusion's losses: what is measured, of which noise, and the bound."""
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from data.draws import slice_draws
+from models.conditioner import Conditioner
+from models.densities import Uniform
+from models.first_stage import Identity
+from models.guidance import Guidance
+from models.parameterizations import Noise
+from models.process import Process
+from models.samplers import Euler
+from models.schedules import ScaledLinear
+from models.weighting import Unweighted
+from trainer.objectives.diffusion import Diffusion
+
+PROCESS = Process(ScaledLinear(), Noise(), Uniform(), Unweighted())
+N, SIDE = 6, 8
+
+
+class Remembers(nn.Module):
+    """Predicts half of what it sees, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        self.seen.append((x, timestep))
+        return x / 2
+
+
+def batch_of(n: int = N) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        draws=slice_draws(3, 5, 1, n),
+        keys=[""] * n,
+        captions=[""] * n,
+        images=torch.randint(0, 256, (n, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8),
+        original_size=torch.full((n, 2), SIDE),
+        crop=torch.zeros(n, 2, dtype=torch.int64),
+    )
+
+
+def run(**options) -> tuple[Diffusion, dict[str, nn.Module], Remembers]:
+    denoiser = Remembers()
+    networks = {"denoiser": denoiser, "conditioner": Conditioner([]), "first_stage": Identity()}
+    return Diffusion(PROCESS, Euler(2), Guidance(), **options), networks, denoiser
+
+
+def noise_of(x_t: Tensor, timestep: Tensor, x0: Tensor) -> Tensor:
+    alpha, sigma = PROCESS.alpha_sigma(((timestep + 1) / 1000).view(-1, 1, 1, 1))
+    return (x_t - alpha * x0) / sigma
+
+
+def test_absolute_and_squared_errors():
+    batch = batch_of()
+    x0 = batch.images.float() / 127.5 - 1
+    for kind, error in [("squared", torch.square), ("absolute", torch.abs)]:
+        objective, networks, denoiser = run(error=kind)
+        losses = objective.losses(objective.phases[0], networks, batch)
+        x_t, timestep = denoiser.seen[0]
+        expected = error(x_t / 2 - noise_of(x_t, timestep, x0)).mean((1, 2, 3))
+        torch.testing.assert_close(losses.per_sample, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_offset_noise_is_one_number_for_a_channel():
+    seen = {}
+    for offset in (0.0, 0.05):
+        objective, networks, denoiser = run(offset_noise=offset)
+        objective.losses(objective.phases[0], networks, batch_of(64))
+        seen[offset] = noise_of(*denoiser.seen[0], batch_of(64).images.float() / 127.5 - 1)
+    added = seen[0.05] - seen[0.0]
+    assert (added - added.mean((2, 3), keepdim=True)).abs().max() < 1e-3
+    numbers = added.mean((2, 3))
+    assert numbers.flatten().unique().numel() == numbers.numel()
+    assert 0.04 < numbers.std() < 0.06
+
+
+def test_offset_noise_belongs_to_the_sample():
+    objective, networks, denoiser = run(offset_noise=1.0)
+    batch = batch_of()
+    objective.losses(objective.phases[0], networks, batch)
+    for part in batch.split(2):
+        objective.losses(objective.phases[0], networks, part)
+    assert torch.equal(denoiser.seen[0][0], torch.cat([x for x, _ in denoiser.seen[1:]]))
+
+
+def test_the_bound_is_estimated_in_validation():
+    batch = batch_of()
+    x0 = batch.images.float() / 127.5 - 1
+    objective, networks, denoiser = run(bound_steps=1000, validation_times=4)
+    values = objective.validation_losses(networks, batch)
+    expected = []
+    for x_t, timestep in denoiser.seen:
+        t = (timestep + 1) / 1000
+        expected.append(1000 * PROCESS.bound(x0, PROCESS.to_x0(x_t / 2, x_t, t), t, 1000))
+    torch.testing.assert_close(values["bound"], torch.stack(expected).mean(0), rtol=1e-4, atol=0)
+    without, networks, _ = run(validation_times=4)
+    others = without.validation_losses(networks, batch)
+    assert "bound" not in others
+    assert torch.equal(others["loss"], values["loss"])
