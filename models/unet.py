@@ -9,7 +9,7 @@ Shapes: n samples, L tokens of the context, E channels of the time's embedding.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,29 +18,14 @@ from torch import Tensor, nn
 
 from models.embeddings import VectorEmbedding, sinusoid
 from models.unet_blocks import Conv, Downsample, ResidualBlock, SelfAttention, SpatialTransformer, Upsample
-
-# Attention of diffusers' kinds of levels, and whether they resample by residual blocks of their own accord.
-_LEVELS: dict[str, tuple[Literal["pixels", "context"] | None, bool]] = {
-    **{"DownBlock2D": (None, False), "UpBlock2D": (None, False)},
-    **{"ResnetDownsampleBlock2D": (None, True), "ResnetUpsampleBlock2D": (None, True)},
-    **{"AttnDownBlock2D": ("pixels", False), "AttnUpBlock2D": ("pixels", False)},
-    **{"CrossAttnDownBlock2D": ("context", False), "CrossAttnUpBlock2D": ("context", False)},
-}
-# Settings of diffusers' classes that have one value here.
-_FIXED: dict[str, Any] = {
-    **{"act_fn": "silu", "center_input_sample": False, "class_embed_type": None, "downsample_padding": 1},
-    **{"dropout": 0.0, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1},
-    **{"num_class_embeds": None, "time_embedding_dim": None, "time_embedding_type": "positional"},
-}
-_FIXED_WITH_CONTEXT: dict[str, Any] = {
-    **{"addition_embed_type_num_heads": 64, "attention_type": "default", "class_embeddings_concat": False},
-    **{"conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None, "dual_cross_attention": False},
-    **{"encoder_hid_dim": None, "encoder_hid_dim_type": None, "mid_block_only_cross_attention": None},
-    **{"mid_block_type": "UNetMidBlock2DCrossAttn", "num_attention_heads": None, "only_cross_attention": False},
-    **{"resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "reverse_transformer_layers_per_block": None},
-    **{"time_cond_proj_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None},
-}
-_FIXED_WITHOUT_CONTEXT: dict[str, Any] = {"add_attention": True, "mid_block_type": "UNetMidBlock2D"}
+from models.unet_config import (
+    FIXED,
+    FIXED_WITH_CONTEXT,
+    FIXED_WITHOUT_CONTEXT,
+    diffusers_names,
+    level_kinds,
+    per_level,
+)
 
 
 class UNet(nn.Module):
@@ -116,10 +101,10 @@ class UNet(nn.Module):
         super().__init__()
         widths, levels = list(block_out_channels), len(block_out_channels)
         reads_context, sized = cross_attention_dim is not None, addition_embed_type is not None
-        kinds = _level_kinds("down_block_types", down_block_types, levels, reads_context)
-        up_kinds = _level_kinds("up_block_types", up_block_types, levels, reads_context)
-        heads = _per_level("attention_head_dim", attention_head_dim, levels)
-        depths = _per_level("transformer_layers_per_block", transformer_layers_per_block, levels)
+        kinds = level_kinds("down_block_types", down_block_types, levels, reads_context)
+        up_kinds = level_kinds("up_block_types", up_block_types, levels, reads_context)
+        heads = per_level("attention_head_dim", attention_head_dim, levels)
+        depths = per_level("transformer_layers_per_block", transformer_layers_per_block, levels)
         for width in widths:
             if width % norm_num_groups:
                 raise ValueError(f"block_out_channels: {width} does not divide into norm_num_groups={norm_num_groups}")
@@ -150,7 +135,7 @@ class UNet(nn.Module):
             "resnet_time_scale_shift": resnet_time_scale_shift,
             "pooled_dim": pooled_dim if sized else None,
             "size_ids": size_ids if sized else None,
-            **_FIXED,
+            **FIXED,
         }
         if reads_context:
             self.config |= {
@@ -160,14 +145,14 @@ class UNet(nn.Module):
                 "addition_embed_type": addition_embed_type,
                 "addition_time_embed_dim": addition_time_embed_dim,
                 "projection_class_embeddings_input_dim": projection_class_embeddings_input_dim,
-                **_FIXED_WITH_CONTEXT,
+                **FIXED_WITH_CONTEXT,
             }
         else:
             self.config |= {
                 "downsample_type": downsample_type,
                 "upsample_type": upsample_type,
                 "attn_norm_num_groups": attn_norm_num_groups,
-                **_FIXED_WITHOUT_CONTEXT,
+                **FIXED_WITHOUT_CONTEXT,
             }
         self.in_channels, self.out_channels = in_channels, out_channels
         self.downsampling = 2 ** (levels - 1)
@@ -225,6 +210,11 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
         self.conv_out = Conv(widths[0], out_channels)
+        # Blocks of one level get maps of one size. Compilers, for whom this tells kinds of blocks apart, thus do not
+        # change from a graph of fixed sides to one of any within a pass, which breaks activation checkpointing.
+        for level, i in self._levels():
+            for module in level.modules():
+                module.level = i  # type: ignore[assignment]
         # What engines shard, compile and checkpoint one by one: residual blocks, transformers' blocks, resamplers.
         self.block_lists = tuple(
             name
@@ -278,7 +268,7 @@ class UNet(nn.Module):
 
         x = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
         skips = [x]
-        for level in _levels(self.down_blocks):
+        for level in _as_levels(self.down_blocks):
             for block, attention in level.pairs():
                 x = attention(block(x, time), context)
                 skips.append(x)
@@ -289,7 +279,7 @@ class UNet(nn.Module):
         for block, attention in self.mid_block.pairs():
             x = attention(block(x, time), context)
 
-        for level in _levels(self.up_blocks):
+        for level in _as_levels(self.up_blocks):
             for block, attention in level.pairs():
                 x = attention(block(torch.cat([x, skips.pop()], dim=1), time), context)
             for resample in level.upsamplers:
@@ -340,13 +330,17 @@ class UNet(nn.Module):
         embeddings = [self.time_embedding] + ([self.add_embedding] if self.add_embedding is not None else [])
         products = sum(e.up.weight.numel() + e.down.weight.numel() for e in embeddings)
         products += finest * (self.conv_in.weight.numel() + self.conv_out.weight.numel())
-        coarsest = len(self.down_blocks) - 1
-        places = [(level, i, i + 1) for i, level in enumerate(_levels(self.down_blocks))]
-        places += [(self.mid_block, coarsest, coarsest)]
-        places += [(level, coarsest - i, max(coarsest - i - 1, 0)) for i, level in enumerate(_levels(self.up_blocks))]
-        for level, here, after in places:
-            products += level.products(finest >> 2 * here, finest >> 2 * after, length)
+        for level, i in self._levels():
+            after = i + 1 if level.downsamplers else i - 1 if level.upsamplers else i
+            products += level.products(finest >> 2 * i, finest >> 2 * after, length)
         return 2 * products
+
+    def _levels(self) -> list[tuple["Level", int]]:
+        """All levels in the order in which they are passed, each with how often the sides were halved before it."""
+        down, up = _as_levels(self.down_blocks), _as_levels(self.up_blocks)
+        coarsest = len(down) - 1
+        places = [*range(coarsest + 1), coarsest, *reversed(range(coarsest + 1))]
+        return list(zip([*down, self.mid_block, *up], places, strict=True))
 
     @torch.no_grad()
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -366,7 +360,7 @@ class UNet(nn.Module):
 
     def to_diffusers(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The tensor `name` of `state_dict` as diffusers' class has it: under its name, or parts under several."""
-        names = _diffusers_names(name)
+        names = diffusers_names(name)
         if tensor.ndim == 4:
             tensor = tensor.permute(0, 3, 1, 2)
         elif self._is_pointwise(name):
@@ -375,7 +369,7 @@ class UNet(nn.Module):
 
     def from_diffusers(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor `name` of `state_dict`, made of what `read` gives for diffusers' names."""
-        parts = [read(part) for part in _diffusers_names(name)]
+        parts = [read(part) for part in diffusers_names(name)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self._is_pointwise(name):
             return tensor[:, :, 0, 0]
@@ -427,60 +421,9 @@ class Level(nn.Module):
         return sum(parts) + sum(resampler.products(pixels_after) for resampler in resamplers)
 
 
-def _levels(blocks: nn.ModuleList) -> list[Level]:
+def _as_levels(blocks: nn.ModuleList) -> list[Level]:
     return list(blocks)  # type: ignore[arg-type]
 
 
 def _unattended(x: Tensor, context: Tensor | None) -> Tensor:
     return x
-
-
-def _level_kinds(
-    key: str, types: Sequence[str], levels: int, reads_context: bool
-) -> list[tuple[Literal["pixels", "context"] | None, bool]]:
-    """What levels of these types hold: see `_LEVELS`.
-
-    Raises:
-        ValueError: not one for each level, or of a kind that is not implemented or does not fit the conditions.
-    """
-    way = "Up" if key.startswith("up") else "Down"
-    known = [name for name in _LEVELS if way in name]
-    if len(types) != levels:
-        raise ValueError(f"{key} has {len(types)} items for the {levels} of block_out_channels")
-    for name in types:
-        if name not in known:
-            raise ValueError(f"{key}: {name!r} is none of {', '.join(known)}")
-        kind, _ = _LEVELS[name]
-        if (kind == "context") > reads_context:
-            raise ValueError(f"{key}: {name} reads a context: give cross_attention_dim")
-        if kind == "pixels" and reads_context:
-            raise ValueError(f"{key}: {name} reads no context, but cross_attention_dim is given")
-    return [_LEVELS[name] for name in types]
-
-
-def _per_level(key: str, value: int | Sequence[int], levels: int) -> list[int]:
-    values = [value] * levels if isinstance(value, int) else list(value or [])
-    if len(values) != levels or min(values) < 1:
-        raise ValueError(f"{key} is {value}; it takes a positive number, or one for each of {levels} levels")
-    return values
-
-
-def _diffusers_names(name: str) -> list[str]:
-    """The diffusers tensors that, one above the other, make up our tensor `name`."""
-    for ours, theirs in _NAMES.items():
-        if f".{ours}." in f".{name}":
-            return [name.replace(ours, part) for part in theirs]
-    return [name]
-
-
-_NAMES = {
-    "time_embedding.up": ["time_embedding.linear_1"],
-    "time_embedding.down": ["time_embedding.linear_2"],
-    "add_embedding.up": ["add_embedding.linear_1"],
-    "add_embedding.down": ["add_embedding.linear_2"],
-    "to_qkv": ["to_q", "to_k", "to_v"],
-    "to_kv": ["to_k", "to_v"],
-    "to_out": ["to_out.0"],
-    "ff.up": ["ff.net.0.proj"],
-    "ff.down": ["ff.net.2"],
-}

@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(n, C, H, W), unchanged in shape. There is no context to read."""
         query, key, value = self.to_qkv(tokens_of(self.group_norm(x))).chunk(3, dim=-1)
-        return map_of(tokens_of(x) + self.to_out(attend(query, key, value, self.heads)), x)
+        return x + map_of(self.to_out(attend(query, key, value, self.heads)), x)
 
     def products(self, pixels: int, length: int) -> int:
         """Multiplications of one sample."""
@@ -110,7 +110,7 @@ class SpatialTransformer(nn.Module):
         tokens = self.proj_in(tokens_of(self.norm(x)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        return map_of(tokens_of(x) + self.proj_out(tokens), x)
+        return x + map_of(self.proj_out(tokens), x)
 
     def products(self, pixels: int, length: int) -> int:
         """Multiplications of one sample, with `length` tokens of context."""
@@ -223,7 +223,9 @@ class Conv(nn.Module):
     """A 3 x 3 convolution.
 
     Its weight is kept as (c_out, 3, 3, c_in), the order in which channels-last kernels read it. So it needs no copy at
-    each call, however an engine has cut, sent and put together what it is a view of.
+    each call, however an engine has cut, sent and put together what it is a view of. On CPUs, small maps of many
+    channels are multiplied by it as one matrix: there kernels for convolutions spend longer on arranging the weight and
+    its gradient.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
@@ -234,6 +236,12 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, H, W) to (n, c_out, H / stride, W / stride)."""
+        n, _, height, width = x.shape
+        if x.is_cpu and not torch.compiler.is_compiling() and n * height * width < len(self.bias) * self.stride**2:
+            padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+            shifts = [(i, j) for i in range(3) for j in range(3)]
+            shifted = [padded[:, i : i + height : self.stride, j : j + width : self.stride] for i, j in shifts]
+            return F.linear(torch.cat(shifted, dim=-1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return F.conv2d(x, self.weight.permute(0, 3, 1, 2), self.bias, self.stride, padding=1)
 
 

