@@ -164,6 +164,11 @@ def _drop_of_other_classes(config: DictConfig, choices: list[Override], stand_in
         chosen = dict(re.findall(r"^\s*- override /(\S+): (\S+)$", text, re.MULTILINE)) | stand_ins | chosen
     elif "experiment" not in chosen:
         return
+    file = ROOT / "experiment" / f"{chosen.get('experiment')}.yaml"
+    while file.exists() and (extended := re.search(r"^\s*- /(experiment/\S+)$", file.read_text(), re.MULTILINE)):
+        # What it extends may have set values for other choices.
+        chosen = dict(re.findall(r"^\s*- override /(\S+): (\S+)$", file.read_text(), re.MULTILINE)) | chosen
+        file = ROOT / f"{extended.group(1)}.yaml"
     for group, choice in chosen.items():
         node = OmegaConf.select(config, group.replace("/", "."))
         if group in ("experiment", "scale") or not isinstance(node, DictConfig) or not isinstance(choice, str):
