@@ -48,7 +48,7 @@ def rehearse(
         RuntimeError: torch's own: a block compiles too often.
     """
     for bucket in buckets:
-        blanks = [blank(bucket, slice_size, lane, fields, steps - 1) for lane in range(slices)]
+        blanks = (blank(bucket, slice_size, lane, fields, steps - 1) for lane in range(slices))
         first = arrange([batch.to(engine.device) for batch in blanks])[0]
         for phase in objective.phases:
             try:

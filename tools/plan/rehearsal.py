@@ -105,8 +105,8 @@ def _rehearse(config: Any, objective: Objective, bucket: Bucket, arrange: Passes
         def fields(size: int, bucket: Bucket) -> dict[str, Any]:
             return (encoding.fields(size, bucket) if encoding is not None else {}) | blank_fields(own, size, bucket)
 
-        blanks = [blank(bucket, arrange.slice_size, lane, fields, config.steps - 1) for lane in range(slices)]
-        batch = arrange(blanks)[0]
+        step = config.steps - 1
+        batch = arrange([blank(bucket, arrange.slice_size, lane, fields, step) for lane in range(slices)])[0]
         batch_bytes = account.bytes(ACTIVATIONS)
         account.settle(STATES)
 
