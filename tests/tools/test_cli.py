@@ -42,7 +42,7 @@ def test_help_of_train_names_groups_and_choices(capsys):
     printed = capsys.readouterr().out
     assert "engine" in printed and "deepspeed, fsdp, hsdp" in printed and "global" not in printed.split("groups")[0]
     rows = dict(line.split(maxsplit=1) for line in printed.splitlines() if line.startswith("  process"))
-    assert rows["process/density"] == "cosmap, logit_normal, mode, uniform"
+    assert rows["process/density"] == "cosmap, logit_normal, mode, steps, uniform"
     assert "v_cosine" in rows["process"] and "density" not in rows["process"]
 
 
