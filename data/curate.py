@@ -128,12 +128,10 @@ def run(config: Config) -> None:
         if not filters and not config.report:
             raise ConfigError("no filters and no report: choose some with filter=[sharpness,...]")
         store = build(config.store)
-        writes_report = bool(config.report) and tasks.task is None
-        if writes_report and not store.writable(f"{config.report}/index.html", attempt=True):
-            raise ConfigError(
-                f"report={redact(config.report)} cannot be written: name a folder, or one of an object store"
-            )
-        clause = Where(config.funnel.where) if writes_report and config.funnel.where is not None else None
+        folder = config.report if tasks.task is None else None
+        if folder and not store.writable(f"{folder}/index.html", attempt=True):
+            raise ConfigError(f"report={redact(folder)} cannot be written: name a folder, or one of an object store")
+        clause = Where(config.funnel.where) if folder and config.funnel.where is not None else None
         manifests = ensure_indexed(store.expand(patterns), store, config.manifest_folder)
         if config.manifest == "clips":
             manifests = ensure_clips(manifests, store)
@@ -144,10 +142,10 @@ def run(config: Config) -> None:
         scored = curate(manifests, filters, store, settings, tasks, log)
         _log_tables(log, manifests, scored)
         page = None
-        if writes_report:
+        if folder:
             with mistakes():
                 report = make_report(manifests, store, config.funnel.where)
-            page = report.write(config.report, store)
+            page = report.write(folder, store)
             report.show(log, sum(manifest.rows for manifest in manifests))
     print(summary(manifests, scored, time.perf_counter() - started))
     if page is not None:
