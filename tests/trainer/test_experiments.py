@@ -14,9 +14,6 @@ EXPERIMENTS = sorted(
     path.relative_to(ROOT / "experiment").with_suffix("").as_posix() for path in (ROOT / "experiment").rglob("*.yaml")
 )
 
-# Of what the scenes do not come with.
-MORE = {"experiment=sdxl/refiner": ["data.fields.aesthetic_score.default=5.0"]}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -33,13 +30,13 @@ def folder(tmp_path_factory) -> Path:
 )
 def test_it_trains_validates_saves_and_samples(folder, chosen):
     name = chosen.replace("/", "_")
-    with_fields = chosen.startswith("experiment=ldm/") and "autoencoder" not in chosen
+    task = chosen.startswith("experiment=ldm/") and "autoencoder" not in chosen
+    with_fields = task or chosen == "experiment=sdxl/refiner"
     arguments = [
         *("train", chosen, "scale=tiny", "steps=2", "samples.every=2", "validation.every=2", "log.wandb=null"),
         *(f"runs={folder}/runs", f"name={name}", f"data.cache_folder={folder}/cache"),
-        *([] if with_fields else [f"conditioner.folder={folder}/text_encoder"]),
+        *([] if task else [f"conditioner.folder={folder}/text_encoder"]),
         f"data.sources.some.shards={folder / ('fields' if with_fields else 'scenes')}",
-        *MORE.get(chosen, []),
     ]
     assert cli.execute(arguments) == 0
     run = folder / "runs" / name
