@@ -89,10 +89,11 @@ def test_where_the_law_is_known_the_interval_is_that_of_the_noise():
     rng = np.random.default_rng(4)
     x = np.repeat(np.geomspace(1e11, 1e13, 40), 20)[:, None]
     losses = LAW(x) * np.exp(0.01 * rng.standard_normal(len(x)))
-    replicates = replicate(fit(x, losses, np.repeat(np.arange(40), 20), huber=0.05), 400)
+    fitted = fit(x, losses, np.repeat(np.arange(40), 20), huber=0.05)
+    replicates = replicate(fitted, 400)
     low, high = replicates.run(np.array([2e12]), 0.9)
     assert (high - low) / 2 / LAW(np.array([[2e12]]))[0] == pytest.approx(1.645 * 0.01, rel=0.12)
-    assert replicates.tau < 0.003
+    assert fitted.noise.sigma == pytest.approx(0.01, rel=0.1) and replicates.tau < 0.003
 
 
 @pytest.mark.parametrize("falls", [0.0, 0.3])
