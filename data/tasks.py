@@ -5,6 +5,7 @@ same whichever way it runs. Processes are spawned, with one thread each; they en
 however that ends.
 """
 
+import io
 import multiprocessing
 import os
 import signal
@@ -177,6 +178,9 @@ class _Failure:
 def _child(work: Callable[[Task], R], index: int, count: int, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent then ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whole lines, where PYTHONUNBUFFERED would mix those of several tasks
+            stream.reconfigure(line_buffering=True, write_through=False)
     one_thread()
     try:
         connection.send(_Result(work(Task(index, count, connection.send))))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from data.tasks import Task, Tasks, run_tasks
 
 ROOT = Path(__file__).parents[2]
+LINES = 50_000
 
 
 def collect(items: list[int], task: Task) -> tuple[int, list[int], str | None]:
@@ -25,7 +27,8 @@ def use_duckdb(task: Task) -> None:
     import duckdb
 
     assert duckdb.sql("SELECT 1").fetchall() == [(1,)]
-    print(f"task {task.index} is done")
+    for step in range(LINES):
+        print(f"task {task.index} did {step}")
 
 
 def fail(kind: type[Exception], marker: Path, task: Task) -> None:
@@ -68,10 +71,11 @@ def test_tasks_share_the_items_among_processes_of_one_thread_each(capfd):
     assert "10.0/10.0" in shown and "errors=3" in shown
 
 
-def test_what_tasks_print_is_seen_and_nothing_else(capfd):
+def test_what_tasks_print_is_seen_in_whole_lines_and_nothing_else(capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     run_tasks(use_duckdb, Tasks(2), [1, 1], "query")
     shown = capfd.readouterr()
-    assert sorted(shown.out.splitlines()) == ["task 0 is done", "task 1 is done"]
+    assert Counter(shown.out.splitlines()) == Counter(f"task {i} did {step}" for i in (0, 1) for step in range(LINES))
     assert "leaked" not in shown.err
 
 

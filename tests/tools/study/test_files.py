@@ -1,6 +1,5 @@
 """The study files: each composes, and SD3's studies have the runs that the paper states."""
 
-import math
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -110,8 +109,7 @@ def test_the_small_scaling_study_has_what_was_asked_of_it():
     assert len(fitted) == 3 * len({run.point.labels["width"] for run in fitted})
     flops = [run.cost.flops for run in fitted]
     predicted = min(run.cost.flops for run in held_out)
-    # Two decades to one digit, the held-out run included: README tells how far the fitted sizes alone reach.
-    assert round(math.log10(predicted / min(flops)), 1) >= 2.0
+    assert max(flops) / min(flops) >= 100  # two decades of compute
     assert predicted > 2 * max(flops)
     # One epoch: no scene is seen twice.
     assert study.prepare.count * (1 - runs[0].config.data.holdout) * 0.99 > max(run.cost.samples for run in runs)
