@@ -57,7 +57,40 @@ class DiagonalGaussian(NamedTuple):
         return 0.5 * square.flatten(1).sum(1)
 
 
-class AutoencoderKL(nn.Module):
+class Autoencoder(nn.Module):
+    """What autoencoders share: counting, first values, and diffusers' names for modules."""
+
+    block_lists: ClassVar[tuple[str, ...]] = ("encoder.down_blocks", "decoder.up_blocks")
+    own_config: ClassVar[dict[str, Any]] = {}  # what diffusers' class does not know
+    config: dict[str, Any]
+
+    def flops(self, height: int, width: int) -> float:
+        """FLOPs of reconstructing one image of H x W."""
+        return forward_flops(type(self), self.config, (1, self.config["in_channels"], height, width))
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """First values: Kaiming-uniform weights as torch's own, zero biases, norms at one."""
+        if name.endswith("bias"):
+            tensor.zero_()
+        elif "norm" in name.split(".")[-2]:
+            tensor.fill_(1)
+        else:
+            nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
+
+    def init_buffers(self) -> None:
+        """There are none."""
+
+    def to_diffusers(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The tensor `name` of `state_dict` as diffusers' class has it: unchanged."""
+        return {name: tensor}
+
+    def from_diffusers(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor `name` of `state_dict`, of what `read` gives for diffusers' name."""
+        return read(name)
+
+
+class AutoencoderKL(Autoencoder):
     """Images to latents and back. Keys, defaults and outputs are those of diffusers' AutoencoderKL.
 
     Args:
@@ -81,9 +114,7 @@ class AutoencoderKL(nn.Module):
 
     diffusers_class: str = "AutoencoderKL"
     component: ClassVar[str] = "vae"  # in a pipeline's folder
-    block_lists: ClassVar[tuple[str, ...]] = ("encoder.down_blocks", "decoder.up_blocks")
     float32_inputs: ClassVar[tuple[str, ...]] = ("noise",)
-    own_config: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -103,7 +134,7 @@ class AutoencoderKL(nn.Module):
     ) -> None:
         super().__init__()
         widths, down, up = levels(block_out_channels, norm_num_groups, down_block_types, up_block_types)
-        self.config: dict[str, Any] = {
+        self.config = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "down_block_types": down,
@@ -152,31 +183,6 @@ class AutoencoderKL(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
-
-    def flops(self, height: int, width: int) -> float:
-        """FLOPs of reconstructing one image of H x W."""
-        return forward_flops(type(self), self.config, (1, self.config["in_channels"], height, width))
-
-    @torch.no_grad()
-    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """First values: Kaiming-uniform weights as torch's own, zero biases, norms at one."""
-        if name.endswith("bias"):
-            tensor.zero_()
-        elif "norm" in name.split(".")[-2]:
-            tensor.fill_(1)
-        else:
-            nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
-
-    def init_buffers(self) -> None:
-        """There are none."""
-
-    def to_diffusers(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The tensor `name` of `state_dict` as diffusers' class has it: unchanged."""
-        return {name: tensor}
-
-    def from_diffusers(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor `name` of `state_dict`, of what `read` gives for diffusers' name."""
-        return read(name)
 
 
 def levels(

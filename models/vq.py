@@ -8,15 +8,13 @@ names of diffusers' VQModel, so its weights are ours as they are.
 Shapes: n samples, C channels of a code, f the downsampling factor, Z codes.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.autoencoder import Decoder, Encoder, Reconstruction, check_sides, levels
-from models.flops import forward_flops
+from models.autoencoder import Autoencoder, Decoder, Encoder, Reconstruction, check_sides, levels
 
 
 class Quantized(NamedTuple):
@@ -34,7 +32,7 @@ class Quantized(NamedTuple):
     codes: Tensor
 
 
-class VQModel(nn.Module):
+class VQModel(Autoencoder):
     """Images to latents and back. Keys, defaults and outputs are those of diffusers' VQModel.
 
     Args:
@@ -53,7 +51,6 @@ class VQModel(nn.Module):
 
     diffusers_class: str = "VQModel"
     component: ClassVar[str] = "vqvae"
-    block_lists: ClassVar[tuple[str, ...]] = ("encoder.down_blocks", "decoder.up_blocks")
     own_config: ClassVar[dict[str, Any]] = {"beta": 0.25, "legacy": True}
 
     def __init__(
@@ -77,7 +74,7 @@ class VQModel(nn.Module):
         if num_vq_embeddings < 1:
             raise ValueError(f"num_vq_embeddings={num_vq_embeddings}: at least 1")
         widths, down, up = levels(block_out_channels, norm_num_groups, down_block_types, up_block_types)
-        self.config: dict[str, Any] = {
+        self.config = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "down_block_types": down,
@@ -125,32 +122,13 @@ class VQModel(nn.Module):
         """Latents (n, C, H/f, W/f), which are quantised first, to images (n, out_channels, H, W), about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(self.quantize(latents).latents))
 
-    def flops(self, height: int, width: int) -> float:
-        """FLOPs of reconstructing one image of H x W."""
-        return forward_flops(type(self), self.config, (1, self.config["in_channels"], height, width))
-
     @torch.no_grad()
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """First values: Kaiming-uniform weights as torch's own, zero biases, norms at one, codes uniform in +-1 / Z."""
+        """First values: as all autoencoders, codes uniform in +-1 / Z."""
         if name == "quantize.embedding.weight":
             tensor.uniform_(-1 / len(tensor), 1 / len(tensor), generator=generator)
-        elif name.endswith("bias"):
-            tensor.zero_()
-        elif "norm" in name.split(".")[-2]:
-            tensor.fill_(1)
         else:
-            nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
-
-    def init_buffers(self) -> None:
-        """There are none."""
-
-    def to_diffusers(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The tensor `name` of `state_dict` as diffusers' class has it: unchanged."""
-        return {name: tensor}
-
-    def from_diffusers(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor `name` of `state_dict`, of what `read` gives for diffusers' name."""
-        return read(name)
+            super().init_parameter(name, tensor, generator)
 
 
 class VectorQuantizer(nn.Module):
