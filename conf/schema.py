@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from types import UnionType
@@ -65,6 +65,14 @@ def parameters(name: str, path: str) -> Callable[[str], bool]:
     """Whether the constructor that a `_target_` names takes a key."""
     kinds, _, open_ended = _signature(target(name, path))
     return lambda key: open_ended or key in kinds
+
+
+def defaults(name: str, path: str) -> dict[str, Any]:
+    """What the constructor that a `_target_` names takes for keys that are left out."""
+    made = target(name, path)
+    found = {p.name: p.default for p in inspect.signature(made).parameters.values() if p.default is not p.empty}
+    own = fields(made) if is_dataclass(made) else ()
+    return found | {f.name: f.default_factory() for f in own if f.default_factory is not MISSING}
 
 
 def _check(value: dict, schema: Callable[..., Any], path: str) -> None:

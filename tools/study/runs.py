@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from conf.compose import compose
 from conf.errors import ConfigError
-from conf.schema import check
+from conf.schema import check, defaults
 from conf.secrets import without_secrets
 from data.run_directory import read_jsonl, saved_step
 from slurm.chain import Chain
@@ -176,7 +177,7 @@ def _check_same(run: StudyRun) -> None:
     if not path.exists():
         return
     now = without_secrets(OmegaConf.to_container(run.config))
-    differing = next(_differences(yaml.safe_load(path.read_text()), json.loads(json.dumps(now)), ""), None)
+    differing = next(_differences(yaml.safe_load(path.read_text()), _plain(now), _usual(), ""), None)
     if differing is not None:
         key, there, here = differing
         raise ConfigError(
@@ -185,13 +186,34 @@ def _check_same(run: StudyRun) -> None:
         )
 
 
-def _differences(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def _differences(there: Any, here: Any, usual: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that differ between two configurations. One that is in one of them alone, new or gone since the other was
+    written, has its default in the other: its constructor's, or else the one in `usual`, the job's own configuration.
+    """
     if isinstance(there, dict) and isinstance(here, dict):
+        usual = usual if isinstance(usual, dict) and usual.get("_target_") == here.get("_target_") else {}
+        known = usual | (_plain(defaults(here["_target_"], path)) if "_target_" in here else {})
         for key in [*there, *(key for key in here if key not in there)]:
             if path or key not in _FREE:
-                yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
-    elif there != here:
+                one, other = (side[key] if key in side else known.get(key) for side in (there, here))
+                yield from _differences(one, other, usual.get(key), f"{path}.{key}" if path else key)
+    elif there != here and not (_is_nothing(there) and _is_nothing(here)):
         yield path, there, here
+
+
+@cache
+def _usual() -> Any:
+    """The configuration of `millrace train` without overrides."""
+    return _plain(OmegaConf.to_container(compose("train", [], missing="null")))
+
+
+def _plain(value: Any) -> Any:
+    """As a file holds it."""
+    return json.loads(json.dumps(value, default=repr))
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value == {} or value == []
 
 
 def forecast(runs: Sequence[StudyRun], flops_per_s: float | None) -> Table:
