@@ -35,9 +35,9 @@ def run(config: Any) -> None:
             if not path.exists():
                 print("(nothing is written there)")
             else:
-                lines = path.read_text(errors="replace").splitlines()[-config.lines :]
-                # Of a progress bar, what a terminal would show.
-                print("\n".join(line.rpartition("\r")[2] for line in lines))
+                # As bytes: a carriage return ends no line, so that of a progress bar what a terminal shows is left.
+                lines = path.read_bytes().decode(errors="replace").rstrip().split("\n")[-config.lines :]
+                print("\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines))
 
 
 def _files(job: Job, task: int, element: int) -> Iterator[Path]:
