@@ -36,8 +36,9 @@ class Advance:
 class Progress:
     """One progress bar and one log for all that share a job. A context manager; may be told by several threads.
 
-    A row of the log holds `samples` of `total`, `samples_per_s` since the row before, `errors` and their parts
-    `errors/<reason>`, and for the whole command so far `seconds` and `eta_s`, the seconds left at its speed.
+    A row of the log holds `samples` of `total`, those of them `skipped`, `samples_per_s` since the row before, `errors`
+    and their parts `errors/<reason>`, and for the whole command so far `seconds` and `eta_s`, the seconds left at its
+    speed.
 
     Args:
         total: samples.
@@ -87,6 +88,7 @@ class Progress:
             "job": self._description,
             "samples": self._samples,
             "total": self._total,
+            "skipped": self._skipped,
             "samples_per_s": (made - made_then) / max(now - then, 1e-9),
             "seconds": now - self._started,
             "eta_s": (self._total - self._samples) * (now - self._started) / made if made else None,

@@ -115,7 +115,7 @@ class _Attempt:
                 return self._signalled()
             if failure := self._step.failure():
                 return Outcome("failed", failure.reason, hopeless=failure.status == _MISTAKE)
-            if progress is not None:
+            if progress is not None and progress.total is not None:
                 return Outcome("stopped", "a signal reached the ranks")
         return Outcome("finished")
 
@@ -162,7 +162,7 @@ class _Attempt:
             if end["outcome"] not in _INNOCENT:
                 in_vain.append(end)
         if len(in_vain) >= limit:
-            where = f" beyond {progress.done} of {progress.total}" if progress is not None else ""
+            where = f" beyond {progress}" if progress is not None else ""
             last = in_vain[0]
             self._give_up(f"{limit} starts made no progress{where}; the last: {last['outcome']}, {last['reason']}")
 

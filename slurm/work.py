@@ -10,15 +10,23 @@ from slurm.resources import Resources
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job has come, in units of its own, by what would survive its death: a run's checkpoints."""
+    """How far a job has come, in units of its own, by what would survive its death: a run's checkpoints.
+
+    Args:
+        done: of them.
+        total: None where the command alone knows whether anything is left to do.
+    """
 
     done: int
-    total: int
+    total: int | None
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.done >= self.total
+        return self.total is not None and self.done >= self.total
+
+    def __str__(self) -> str:
+        return str(self.done) if self.total is None else f"{self.done} of {self.total}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class Work:
         chain: the job's history.
         resources: of each start.
         node_counts: that the ranks can run on, ascending.
-        progress: tells how far the job has come; None where a command that ends well has done all there is to do.
+        progress: tells how far the job has come; None where nothing does. Without a total, a command that ends well has
+            done all there is to do.
     """
 
     name: str

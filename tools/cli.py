@@ -129,6 +129,8 @@ def _run(job: str, overrides: list[str]) -> None:
             checked = check_job(job, overrides)
             name = checked.name
             print(f"{submit_job(checked)}. See millrace jobs, millrace logs {name}, millrace cancel {name}")
+            if job == "train" and checked.resources.gpus_per_node and checked.resources.gpu is None:
+                print("Whether it fits its GPUs was not asked: cluster.gpu=<their name> refuses a run that does not.")
         return
     check(config, module.Config)
     if hasattr(module, "preflight"):

@@ -19,7 +19,8 @@ from conf.compose import compose, split_cluster
 from conf.errors import ConfigError
 from conf.schema import check
 from conf.secrets import without_secrets
-from data.run_directory import check_name, saved_step
+from data.run_directory import check_name, read_jsonl, saved_step
+from data.tasks import Tasks
 from slurm.chain import Chain
 from slurm.queue import entries, max_array_size
 from slurm.resources import Resources
@@ -39,8 +40,9 @@ class Checked:
         overrides: without those of `cluster`.
         config: as its ranks or tasks compose it.
         resources: of the job, or of each of its tasks.
-        in_tasks: whether it is split into tasks, each on one node, rather than into ranks.
-        node_counts: that its ranks can run on, ascending.
+        task_keys: where it is told its task, where it is split into an array of tasks: `cluster` (each task is one
+            process) or, of a job with ranks of its own in each task, that job's name.
+        node_counts: that the ranks, of each task, can run on, ascending.
         folder: that it belongs to, `runs/<name>`.
     """
 
@@ -48,7 +50,7 @@ class Checked:
     overrides: list[str]
     config: DictConfig
     resources: Resources
-    in_tasks: bool
+    task_keys: str | None
     node_counts: list[int]
     folder: Path
 
@@ -62,15 +64,26 @@ class Checked:
         """The history of the folder's job."""
         return Chain(self.folder / CHAIN)
 
-    def work(self, commands: Sequence[Sequence[str]], logs: Path, chain: Chain) -> Work:
-        """Commands of this job, given by their overrides of `cluster`."""
-        whole = [["-m", "tools.cli", self.job, *self.overrides, *words] for words in commands]
-        return Work(self.folder.name, whole, logs, chain, self.resources, self.node_counts, self._progress())
+    def task(self, task: int | None) -> list[str]:
+        """Overrides of `cluster` for one of the tasks; without one, for what needs the work of all."""
+        tasks, cpus = self.resources.tasks, self.resources.cpus_per_rank
+        words = ["cluster=tasks" if self.task_keys == "cluster" else "cluster=local"]
+        if task is not None:
+            return [*words, f"{self.task_keys}.tasks={tasks}", f"{self.task_keys}.task={task}"]
+        return [*words, f"cluster.tasks={cpus}"] if self.task_keys == "cluster" else words
 
-    def _progress(self) -> Callable[[], Progress] | None:
-        if self.job != "train" or self.config.dry_run:
-            return None
-        return partial(train_progress, self.folder, self.config.steps)
+    def work(self, commands: Sequence[Sequence[str]], logs: Path, chain: Chain, tasks: Sequence[int] = ()) -> Work:
+        """Commands of this job, given by their overrides of `cluster`: of some of its tasks, or of all that is left."""
+        whole = [["-m", "tools.cli", self.job, *self.overrides, *words] for words in commands]
+        progress = self._progress(tasks)
+        return Work(self.folder.name, whole, logs, chain, self.resources, self.node_counts, progress)
+
+    def _progress(self, tasks: Sequence[int]) -> Callable[[], Progress] | None:
+        if self.job == "train":
+            return None if self.config.dry_run else partial(train_progress, self.folder, self.config.steps)
+        folder = self.folder / "encode" if self.job == "encode" else self.folder
+        parts = [folder / f"task_{task}" for task in tasks] or [folder]
+        return partial(tasks_progress, [part / "metrics.jsonl" for part in parts])
 
 
 @dataclass(frozen=True)
@@ -113,15 +126,16 @@ def check_job(job: str, overrides: Sequence[str]) -> Checked:
         raise ConfigError(str(error)) from error
     _refuse_secrets(overrides)
     own, _ = split_cluster(overrides)
-    in_tasks = _in_tasks(module)
-    config = compose(job, [*own, "cluster=tasks", f"cluster.tasks={resources.tasks}"] if in_tasks else own)
+    single = get_type_hints(module.Config)["cluster"] is Tasks  # each task is one process, not several ranks
+    config = compose(job, [*own, "cluster=tasks", f"cluster.tasks={resources.tasks}"] if single else own)
     check(config, module.Config)
-    counts = [1] if in_tasks else _node_counts(module, config, resources)
+    task_keys = _task_keys(job, config, resources, single)
+    counts = [1] if single else _node_counts(module, config, resources)
     if job == "train" and resources.gpu is not None:
         counts = _that_fit(counts, config, resources.gpu, resources.ranks)
     check_name(str(config.name))
     folder = Path(config.runs).absolute() / str(config.name)
-    checked = Checked(job, own, config, resources, in_tasks, counts, folder)
+    checked = Checked(job, own, config, resources, task_keys, counts, folder)
     _refuse_twice(checked)
     return checked
 
@@ -134,7 +148,7 @@ def submit_job(checked: Checked) -> Submitted:
     """
     kept = _keep(checked)
     code = keep_code(kept)
-    if not checked.in_tasks:
+    if checked.task_keys is None:
         job = submit([_ranks(checked, kept)], kept / "submitit", code)
         checked.chain.add("submitted", job, kind=checked.job, kept=kept.name)
         return Submitted(checked.name, job, job)
@@ -144,8 +158,7 @@ def submit_job(checked: Checked) -> Submitted:
     if len(elements) == 1:
         return Submitted(checked.name, job, job)
     # The same command without a task: what is done by now is passed over, what needs all of it is made, on all cores.
-    tasks = f"cluster.tasks={checked.resources.cpus_per_rank}"
-    rest = checked.work([["cluster=tasks", tasks]], kept / "logs" / "rest", Chain(kept / "rest.jsonl"))
+    rest = checked.work([checked.task(None)], kept / "logs" / "rest", Chain(kept / "rest.jsonl"))
     last = submit([rest], kept / "submitit", code, dependency=f"afterok:{job}")
     checked.chain.add("submitted", last, kind=checked.job, kept=kept.name, after=job)
     return Submitted(checked.name, job, last)
@@ -166,7 +179,7 @@ def submit_runs(
     Raises:
         SlurmError: SLURM refuses it.
     """
-    assert not any(run.in_tasks for run in runs)
+    assert not any(run.task_keys for run in runs)
     assert all(run.resources == runs[0].resources for run in runs)
     code = keep_code(folder)
     kept = [_keep(run) for run in runs]
@@ -182,6 +195,12 @@ def train_progress(folder: Path, steps: int) -> Progress:
     return Progress(saved_step(folder), steps)
 
 
+def tasks_progress(metrics: Sequence[Path]) -> Progress:
+    """How far tasks have come: the samples that the newest start of each found done."""
+    newest = [read_jsonl(file)[-1:] for file in metrics if file.exists()]
+    return Progress(sum(row.get("skipped", 0) for rows in newest for row in rows), None)
+
+
 def _ranks(checked: Checked, kept: Path) -> Work:
     return checked.work([["cluster=local"]], kept / "logs", checked.chain)
 
@@ -190,14 +209,11 @@ def _elements(checked: Checked, kept: Path) -> list[Work]:
     """The array's elements: each has one task, or several where SLURM allows no array that long."""
     tasks = checked.resources.tasks
     count = min(tasks, max_array_size())
-    return [
-        checked.work(
-            [["cluster=tasks", f"cluster.tasks={tasks}", f"cluster.task={task}"] for task in range(i, tasks, count)],
-            kept / "logs" / f"element_{i}",
-            Chain(kept / f"element_{i}.jsonl"),
-        )
-        for i in range(count)
-    ]
+    works = []
+    for i in range(count):
+        own, chain = range(i, tasks, count), Chain(kept / f"element_{i}.jsonl")
+        works.append(checked.work([checked.task(task) for task in own], kept / "logs" / f"element_{i}", chain, own))
+    return works
 
 
 def _keep(checked: Checked) -> Path:
@@ -206,10 +222,22 @@ def _keep(checked: Checked) -> Path:
     return kept
 
 
-def _in_tasks(module: ModuleType) -> bool:
-    from data.tasks import Tasks
-
-    return get_type_hints(module.Config)["cluster"] is Tasks
+def _task_keys(job: str, config: DictConfig, resources: Resources, single: bool) -> str | None:
+    """See `Checked`."""
+    if single:
+        if resources.ranks > 1:  # which would all do the same
+            key = "gpus_per_node" if resources.ranks_per_node is None else "ranks_per_node"
+            raise ConfigError(
+                f"a task of {job} is one process, of which cluster.{key}={resources.ranks} would start as many: set"
+                f" cluster.{key}=1 (or, without models, cluster.gpus_per_node=0), and cluster.tasks to how many there"
+                " are to be."
+            )
+        return "cluster"
+    if resources.tasks == 1:
+        return None
+    if job in config and "tasks" in config[job]:
+        return job
+    raise ConfigError(f"cluster.tasks={resources.tasks}: {job} does not split into tasks; its ranks are nodes' GPUs.")
 
 
 def _node_counts(module: ModuleType, config: DictConfig, resources: Resources) -> list[int]:
@@ -234,7 +262,7 @@ def _that_fit(counts: list[int], config: DictConfig, gpu: str, ranks_per_node: i
     Raises:
         ConfigError: none does.
     """
-    from tools.plan.estimate import estimate
+    from tools.plan.estimate import HEADROOM, estimate
     from trainer.hardware import DEVICES, device_named
 
     device = device_named(gpu)
@@ -242,11 +270,13 @@ def _that_fit(counts: list[int], config: DictConfig, gpu: str, ranks_per_node: i
         raise ConfigError(f"cluster.gpu={gpu!r}: one of {', '.join(known.name for known in DEVICES)}, or null.")
     for i, nodes in enumerate(counts):
         needed = estimate(config, nodes * ranks_per_node)
-        if needed.fits(device.memory):
+        if needed.fits(device.memory, HEADROOM):
             return counts[i:]
-    sizes = [f"{size / 2**30:.0f} GiB" for size in (needed.bytes_per_rank, device.memory)]
+    held, room = needed.bytes_per_rank / 2**30, (1 - HEADROOM) * device.memory / 2**30
     raise ConfigError(
-        f"on {counts[-1]} nodes a rank would need {sizes[0]}, and {device.name} has {sizes[1]}: see millrace plan."
+        f"on {counts[-1]} x {ranks_per_node} GPUs a rank would need {held:.1f} GiB, and {device.name} has room for"
+        f" {room:.1f} (its memory less {HEADROOM:.0%} for what cannot be told): millrace plan, with the same"
+        " overrides, says what takes it and what may help; cluster.gpu=null submits it all the same."
     )
 
 

@@ -2,7 +2,8 @@
 
 It takes the very configuration of the run. A shard's encoding is up to date if the shard, the selected rows and all
 that its values depend on are what they were; any other is made anew. So a job that was stopped, at any moment, goes on
-where it was, and ends with the same bytes.
+where it was, and ends with the same bytes. `encode.tasks` shares the shards among commands that know nothing of each
+other, as the elements of a job array; the ranks of each share those of its task.
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -75,6 +76,8 @@ class EncodeConfig:
     dtype: Dtype
     batch: PositiveInt
     max_errors: NonNegativeFloat
+    tasks: PositiveInt
+    task: NonNegativeInt | None
 
 
 @dataclass
@@ -94,6 +97,9 @@ def preflight(config: Any, ranks: int) -> None:
     data: TarData = build(config.data)
     if data.encoded is None:
         raise ConfigError("data.encoded must name the encoding: add data.encoded=<name>, here and in train.")
+    tasks, task = config.encode.tasks, config.encode.task
+    if task is not None and task >= tasks:
+        raise ConfigError(f"encode.task={task} is not one of the {tasks} tasks, 0 to {tasks - 1}.")
     latents, conditions = config.encode.latents, config.encode.conditions
     if not latents and not conditions:
         raise ConfigError("encode.latents and encode.conditions are both false: there is nothing to encode.")
@@ -151,14 +157,17 @@ def encode(config: Any, world: World) -> None:
     started = time.perf_counter()
     data, buckets = build(config.data), build(config.buckets)
     networks, jobs = _prepare(config, data, buckets, world)
+    task, part = config.encode.task, _PART
+    if task is not None:
+        jobs, part = jobs[task :: config.encode.tasks], f"{_PART}/task_{task}"
     if world.is_main:
         for folder in sorted({f"{job.manifest.url.rpartition('/')[0]}/encoded-{data.encoded}" for job in jobs}):
             remove_leftovers(folder)
     one_thread()
     total = sum(len(job.rows) for job in jobs)
-    meeting = RunDirectory(config.runs, config.name).path / _PART / "progress"
+    meeting = RunDirectory(config.runs, config.name).path / part / "progress"
     with ExitStack() as resources:
-        log = resources.enter_context(job_log(config, _PART)) if world.is_main else None
+        log = resources.enter_context(job_log(config, part)) if world.is_main else None
         tell = resources.enter_context(rank_progress(meeting, world, total, f"encode {data.encoded}", log))
         _encode_shards(config, data, buckets, networks, jobs, world.device, Task(world.rank, world.size, tell))
     if world.is_main:

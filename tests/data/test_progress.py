@@ -26,6 +26,7 @@ def test_rows_count_samples_and_errors_and_what_an_earlier_run_did_is_not_speed(
     assert {(row["job"], row["total"]) for row in rows} == {("toil", 1000)}
     assert [row["errors"] for row in rows] == [2, 6, 6]
     assert (rows[0]["errors/torn"], rows[2]["errors/torn"], rows[2]["errors/blank"]) == (2, 3, 3)
+    assert [row["skipped"] for row in rows] == [600, 600, 600]
     assert rows[0]["samples_per_s"] == 0 and rows[0]["eta_s"] is None
     for row, before, samples in ((rows[1], rows[0], 100), (rows[2], rows[1], 50)):
         assert row["samples_per_s"] == pytest.approx(samples / (row["seconds"] - before["seconds"]))

@@ -3,6 +3,7 @@
 import pytest
 
 from conf.errors import ConfigError
+from slurm.work import Progress
 from tests.trainer.jobs import SMALL
 from tools.submission import check_job
 
@@ -33,7 +34,8 @@ def test_a_run_that_does_not_fit_its_gpus_is_refused(run):
     assert check_job("train", [*run, "cluster.nodes=2", "cluster.gpu=A100"]).node_counts == [2]
     large = [*run, "cluster.nodes=2", "model.num_layers=24", "model.attention_head_dim=512"]
     large += ["model.num_attention_heads=24", "model.joint_attention_dim=64"]
-    with pytest.raises(ConfigError, match=r"on 2 nodes a rank would need .* GiB, and A100 has 79 GiB"):
+    room = r"on 2 x 1 GPUs a rank would need \d+\.\d GiB, and A100 has room for 71\.\d \(its memory less 10%"
+    with pytest.raises(ConfigError, match=room):
         check_job("train", [*large, "cluster.gpu=A100"])
     with pytest.raises(ConfigError, match="H100"):
         check_job("train", [*run, "cluster.gpu=abacus"])
@@ -72,7 +74,48 @@ def test_options_of_sbatch_are_named_and_left_out_as_asked(run):
 
 
 def test_curation_in_tasks_gets_a_node_for_each(tmp_path):
-    checked = check_job("curate", [f"shards={tmp_path}", f"runs={tmp_path}", "cluster=slurm", "cluster.tasks=7"])
-    assert checked.in_tasks and checked.node_counts == [1] and checked.resources.tasks == 7
+    curate = [f"shards={tmp_path}", f"runs={tmp_path}", "cluster=slurm", "cluster.gpus_per_node=0"]
+    checked = check_job("curate", [*curate, "cluster.tasks=7"])
+    assert checked.node_counts == [1] and checked.resources.tasks == 7 and checked.resources.ranks == 1
+    assert checked.task(3) == ["cluster=tasks", "cluster.tasks=7", "cluster.task=3"]
+    assert checked.task(None) == ["cluster=tasks", "cluster.tasks=8"]  # its cores
     with pytest.raises(ConfigError, match=r"cluster\.tasks"):
-        check_job("curate", [f"shards={tmp_path}", "cluster=slurm", "cluster.tasks=0"])
+        check_job("curate", [*curate, "cluster.tasks=0"])
+
+
+def test_a_task_that_is_one_process_is_not_started_for_each_gpu(tmp_path):
+    curate = [f"shards={tmp_path}", f"runs={tmp_path}", "cluster=slurm", "cluster.tasks=7"]
+    assert check_job("curate", [*curate, "cluster.gpus_per_node=1"]).resources.ranks == 1
+    with pytest.raises(ConfigError, match=r"cluster\.gpus_per_node=8 would start as many"):
+        check_job("curate", curate)
+    with pytest.raises(ConfigError, match=r"cluster\.ranks_per_node=2 would start as many"):
+        check_job("pack", ["out=x", *curate[1:], "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"])
+
+
+def test_encoding_in_tasks_has_ranks_in_each(run):
+    encode = [*run, "first_stage=kl_tiny", "data.crop=center", "data.encoded=one", "model.in_channels=4"]
+    encode += ["encode.conditions=false", "cluster.ranks_per_node=4"]
+    assert check_job("encode", encode).task_keys is None  # one job, whose ranks share all
+    checked = check_job("encode", [*encode, "cluster.tasks=3", "cluster.nodes=2"])
+    assert checked.node_counts == [2] and checked.resources.ranks == 4
+    assert checked.task(2) == ["cluster=local", "encode.tasks=3", "encode.task=2"]
+    assert checked.task(None) == ["cluster=local"]
+
+
+def test_a_job_that_does_not_split_into_tasks_is_not_submitted_as_some(run):
+    with pytest.raises(ConfigError, match=r"cluster\.tasks=4: train does not split into tasks"):
+        check_job("train", [*run, "cluster.tasks=4"])
+
+
+def test_tasks_have_come_as_far_as_their_newest_starts_found_done(tmp_path):
+    checked = check_job(
+        "curate", [f"shards={tmp_path}", f"runs={tmp_path}", "cluster=slurm", "cluster.gpus_per_node=0"]
+    )
+    tell = checked.work([], tmp_path, checked.chain, tasks=[0, 8]).progress
+    assert tell is not None and tell() == Progress(0, None) and not tell().finished
+    for task, skipped in ((0, (0, 30)), (8, (20,))):
+        part = checked.folder / f"task_{task}"
+        part.mkdir(parents=True)
+        rows = [f'{{"samples": 90, "skipped": {count}}}\n' for count in skipped]
+        (part / "metrics.jsonl").write_text("".join(rows))
+    assert tell() == Progress(50, None)

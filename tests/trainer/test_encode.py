@@ -217,6 +217,12 @@ def test_tasks_give_the_same_bytes_and_what_is_done_is_left(folder):
     assert (told["job"], told["samples"], told["total"]) == ("encode two", 48, 48)  # of both ranks
     assert files(folder, "two") == files(folder, "whole")
     assert set(files(folder, "two")) == {"00000.tar", "00000.parquet", "00001.tar", "00001.parquet", "null.safetensors"}
+    shared = ["data.encoded=shared", "encode.dtype=float32", "encode.batch=5", "encode.tasks=3"]
+    for task in (2, 0, 1):  # a task without any shard
+        encode_on(1 + task % 2, folder, *shared, f"encode.task={task}")
+        assert len(files(folder, "shared")) == {2: 1, 0: 3, 1: 5}[task]
+    assert files(folder, "shared") == files(folder, "whole")
+    assert read_jsonl(folder / "runs/encode/encode/task_1/metrics.jsonl")[-1]["total"] == 24
     before = {path: path.stat().st_mtime_ns for path in encoded_folder(folder, "two").iterdir()}
     encode_on(1, folder, "data.encoded=two", "encode.dtype=float32", "encode.batch=5")
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -334,6 +340,7 @@ def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(tmp_path
         (("data.encoded=x", "encode.latents=false", "encode.conditions=false"), "nothing to encode"),
         (("data.encoded=x", "buckets.sizes=[[30,32]]"), "30x32 is no multiple of 4"),
         (("data.encoded=a/b",), "data.encoded='a/b'"),
+        (("data.encoded=x", "encode.tasks=2", "encode.task=2"), "encode.task=2 is not one of the 2 tasks"),
     ],
 )
 def test_what_cannot_be_encoded_is_refused_before_anything_is_read(more, named):

@@ -21,6 +21,9 @@ from trainer.engines.deepspeed import DeepSpeed, live_elements
 from trainer.engines.fsdp import FSDP
 from trainer.passes import Passes
 
+HEADROOM = 0.1
+"""Share of a device's memory that stays free, unless told otherwise, for what cannot be known before: fragmentation,
+buffers of NCCL, workspaces of cuDNN and cuBLAS, the CUDA context."""
 _FP32 = 4
 # Of what follows from the states' kinds, these go to host memory with engine.offload.
 _OFFLOADED = ("masters", "gradients", "moments", "averages")
@@ -67,9 +70,8 @@ class Estimate:
         """All that is known of a device's memory."""
         return sum(self.bytes.values())
 
-    def fits(self, device_bytes: float, headroom: float = 0.1) -> bool:
-        """Whether it fits into a device, of which a share stays free for what cannot be known before: fragmentation,
-        buffers of NCCL, workspaces of cuDNN and cuBLAS, the CUDA context."""
+    def fits(self, device_bytes: float, headroom: float = HEADROOM) -> bool:
+        """Whether it fits into a device, of which a share stays free."""
         return self.bytes_per_rank <= (1 - headroom) * device_bytes
 
 
