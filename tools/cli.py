@@ -17,6 +17,7 @@ JOBS = {
     "curate": ("data.curate", "score every sample with filters: columns beside the manifests, for where clauses"),
     "pack": ("data.pack", "write selected samples as fresh, balanced tars, resized or encoded anew if asked"),
     "encode": ("trainer.encode", "keep what a run's frozen encoders make of its data, for training to read"),
+    "retrieve": ("data.retrieve", "a database of embeddings, a FAISS index over it, the neighbours of samples"),
     "train": ("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
     "study": ("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
     "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),

@@ -35,6 +35,11 @@ class Embedder:
         self.model = load_model(AutoModel, folder, dtype, device)
         self._processor = load_part(AutoImageProcessor.from_pretrained, folder, backend="pil")
 
+    @property
+    def width(self) -> int:
+        """d, the numbers in an embedding."""
+        return embedding_width(self.model.config, str(self.folder))
+
     @torch.no_grad()
     def images(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """(n, d) float32 embeddings, of length one, of n pictures (H, W, 3), uint8 RGB, each of any size."""

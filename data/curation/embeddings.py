@@ -1,4 +1,7 @@
-"""Columns of embeddings: fixed-size lists of half-precision numbers, null where a sample has none."""
+"""Columns of embeddings: fixed-size lists of half-precision numbers, null where a sample has none; FAISS's threads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -28,3 +31,16 @@ def read_vectors(shard: ShardColumns, column: str) -> tuple[np.ndarray, np.ndarr
     usable = np.isfinite(lengths) & (lengths > 0)
     present[present] = usable
     return present, vectors[usable] / lengths[usable, None]
+
+
+@contextmanager
+def faiss_threads(count: int) -> Iterator[None]:
+    """So many threads for FAISS, which takes all cores otherwise."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

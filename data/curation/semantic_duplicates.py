@@ -5,7 +5,6 @@ memory are the samples that k-means is fitted to, one cluster per task, and a fe
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.curation.base import GlobalFilter, ShardColumns
-from data.curation.embeddings import read_vectors
+from data.curation.embeddings import faiss_threads, read_vectors
 from data.curation.groups import connect, rank_groups
 from data.curation.scratch import scratch_folder
 from data.store import cache_root
@@ -130,7 +129,7 @@ class SemanticDuplicates(GlobalFilter):
             min_points_per_centroid=1,
             max_points_per_centroid=count,
         )
-        with _threads(threads):
+        with faiss_threads(threads):
             means.train(vectors.read(chosen))
         np.save(vectors.folder / "centroids.npy", np.asarray(means.centroids))
         return clusters
@@ -209,7 +208,7 @@ def _assign(vectors: _Vectors, nearest: int, task: Task) -> None:
     index = faiss.IndexFlatIP(vectors.width)
     index.add(centroids)
     flags, found = vectors.array("present", np.bool_), vectors.array("nearest", np.int32, nearest)
-    with _threads(1):
+    with faiss_threads(1):
         for start in task.own(range(0, vectors.rows, BLOCK)):
             block = slice(start, min(start + BLOCK, vectors.rows))
             _, clusters = index.search(vectors.read(block), nearest)
@@ -233,7 +232,7 @@ def _search(vectors: _Vectors, nearest: int, threshold: float, task: Task) -> No
     order = np.load(vectors.folder / "order.npy", mmap_mode="r")
     offsets = np.load(vectors.folder / "offsets.npy")
     links: list[np.ndarray] = [np.zeros((2, 0), np.int64)]
-    with _threads(1):
+    with faiss_threads(1):
         for cluster in task.own(range(len(offsets) - 1)):
             places = order[offsets[cluster] : offsets[cluster + 1]]
             rows = places // nearest  # ascending, as the order is stable
@@ -281,16 +280,3 @@ def _width(shards: Sequence[ShardColumns], column: str) -> int | None:
         if len(vectors):
             return vectors.shape[1]
     return None
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many threads for FAISS, which takes all cores otherwise."""
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)

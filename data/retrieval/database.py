@@ -1,0 +1,227 @@
+"""A database: embeddings of pictures (and of their captions), what they are of, and indexes over them, in the layout of
+clip-retrieval, which serves and reads it.
+
+    img_emb/img_emb_00000.npy          (m, d) float16, of length one
+    text_emb/text_emb_00000.npy        likewise, of the captions, where asked for
+    metadata/metadata_00000.parquet    m rows: image_path (the sample's key), caption, url, shard, row, patch
+    image.index, text.index            FAISS indexes, whose ids count the rows of all parts in order
+    database.json                      ours: the model, the parts, how the indexes are searched
+
+The files of a number are a part, with a row for each picture or patch in all of them. A folder that clip-retrieval
+wrote has no `database.json`, and is read as well.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from conf.errors import ConfigError
+
+Side = Literal["image", "text"]
+SIDES: tuple[Side, ...] = ("image", "text")
+VERSION = 1
+_PREFIX = {"image": "img_emb", "text": "text_emb"}
+
+
+def local_folder(folder: str) -> Path:
+    """The folder of a database.
+
+    Raises:
+        ConfigError: it is a URL.
+    """
+    if "://" in folder:
+        raise ConfigError(f"database={folder}: databases are mapped into memory, so give a folder, not a URL")
+    return Path(folder)
+
+
+def embedding_path(folder: Path, side: Side, part: str) -> Path:
+    """Where a part's embeddings lie."""
+    return folder / _PREFIX[side] / f"{_PREFIX[side]}_{part}.npy"
+
+
+def metadata_path(folder: Path, part: str) -> Path:
+    """Where a part's metadata lie."""
+    return folder / "metadata" / f"metadata_{part}.parquet"
+
+
+def index_path(folder: Path, side: Side) -> Path:
+    """Where an index lies."""
+    return folder / f"{side}.index"
+
+
+def told_path(folder: Path) -> Path:
+    """Where a database of ours says what it is."""
+    return folder / "database.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of a database's parts.
+
+    Args:
+        name: its number, as files have it.
+        start: the id of its first row.
+        rows: how many it has.
+    """
+
+    name: str
+    start: int
+    rows: int
+
+
+class Database:
+    """A database to read. Embeddings are mapped into memory, and read by id.
+
+    Args:
+        folder: of this machine, or one that it mounts: FAISS maps files.
+
+    Raises:
+        ConfigError: there is none, or its files do not fit each other.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = local_folder(str(folder))
+        if not (self.folder / "img_emb").is_dir():
+            raise ConfigError(
+                f"database={folder} has no img_emb/: make one with `millrace retrieve database={folder} shards=...`, or"
+                " with clip-retrieval"
+            )
+        self._maps: dict[Path, np.ndarray] = {}
+        self.told: dict[str, Any] = self._read_told()
+        self.parts = self._find_parts()
+        self.rows = sum(part.rows for part in self.parts)
+        self.width = self._map("image", self.parts[0]).shape[1]
+        for part in self.parts:
+            for side in self.sides:
+                shape = self._map(side, part).shape
+                if shape != (part.rows, self.width):
+                    raise ConfigError(
+                        f"{embedding_path(self.folder, side, part.name)} has the shape {shape} where the part has"
+                        f" {part.rows} rows and the first part {self.width} numbers each: make the database anew"
+                    )
+
+    @property
+    def sides(self) -> list[Side]:
+        """What there are embeddings of."""
+        return [side for side in SIDES if (self.folder / _PREFIX[side]).is_dir()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that its neighbours depend on: its content, not where it lies."""
+        digest = xxhash.xxh3_128(json.dumps(self.told, sort_keys=True).encode())
+        if not self.told:
+            for part in self.parts:
+                vectors = self._map("image", part)
+                digest.update(f"{part.rows}".encode())
+                digest.update(vectors[:: max(1, part.rows // 16)].tobytes())
+        return digest.hexdigest()
+
+    def vectors(self, ids: np.ndarray, side: Side = "image") -> np.ndarray:
+        """Embeddings of length one, (*ids.shape, d) float32."""
+        flat = np.asarray(ids, np.int64).ravel()
+        found = np.empty((len(flat), self.width), np.float32)
+        places = np.searchsorted(self._starts, flat, side="right") - 1
+        for place in np.unique(places):
+            part, of_part = self.parts[place], places == place
+            found[of_part] = self._map(side, part)[flat[of_part] - part.start]
+        return _unit(found).reshape(*np.shape(ids), self.width)
+
+    def of_part(self, part: Part, side: Side = "image") -> np.ndarray:
+        """All of a part's embeddings, of length one, (m, d) float32."""
+        return _unit(np.asarray(self._map(side, part), np.float32))
+
+    def metadata(self, ids: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """What the rows of these ids are of, in the order given.
+
+        Raises:
+            ConfigError: the metadata are not there, or have other rows than the embeddings.
+        """
+        found: list[dict[str, Any]] = [{} for _ in ids]
+        places = np.searchsorted(self._starts, np.asarray(ids, np.int64), side="right") - 1
+        for place in np.unique(places):
+            table = self._metadata_of(self.parts[place], columns)
+            for i in np.flatnonzero(places == place).tolist():
+                found[i] = table.slice(ids[i] - self.parts[place].start, 1).to_pylist()[0]
+        return found
+
+    def check_model(self, fingerprint: str, name: str) -> None:
+        """Refuse queries that another model embedded, in a ConfigError."""
+        own = self.told.get("model")
+        if own is not None and own != fingerprint:
+            raise ConfigError(
+                f"the database {self.folder} holds embeddings of another model than {name}: query it with the"
+                f" model it was made with ({self.told.get('model_name')})"
+            )
+
+    def _metadata_of(self, part: Part, columns: Sequence[str] | None) -> pa.Table:
+        path = metadata_path(self.folder, part.name)
+        try:
+            file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): make the database anew") from error
+        with file:
+            if file.metadata.num_rows != part.rows:
+                raise ConfigError(f"{path} has {file.metadata.num_rows} rows, its embeddings {part.rows}: make it anew")
+            own = [c for c in columns if c in file.schema_arrow.names] if columns is not None else None
+            return file.read(columns=own, use_threads=False)
+
+    def _read_told(self) -> dict[str, Any]:
+        path = told_path(self.folder)
+        if not path.exists():
+            return {}
+        try:
+            told = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}): run `millrace retrieve` again, which mends it") from error
+        if told.get("version") != VERSION:
+            raise ConfigError(f"{path} is of version {told.get('version')}, and this Millrace reads {VERSION}")
+        return told
+
+    def _find_parts(self) -> list[Part]:
+        names = sorted(path.stem.removeprefix("img_emb_") for path in (self.folder / "img_emb").glob("img_emb_*.npy"))
+        parts, start = [], 0
+        for name in names:
+            rows = len(_map(embedding_path(self.folder, "image", name)))
+            parts.append(Part(name, start, rows))
+            start += rows
+        if not start:
+            raise ConfigError(f"the database {self.folder} holds no embedding")
+        return parts
+
+    def _map(self, side: Side, part: Part) -> np.ndarray:
+        path = embedding_path(self.folder, side, part.name)
+        if path not in self._maps:
+            self._maps[path] = _map(path)
+        return self._maps[path]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # which would be copied, and not mapped, in another process
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.array([part.start for part in self.parts])
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): make the database anew") from error
+    if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
+        raise ConfigError(
+            f"{path} holds {vectors.dtype} of shape {vectors.shape}, not a row of numbers for each picture"
+        )
+    return vectors
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)

@@ -1,0 +1,226 @@
+"""Embeddings of shards, a part of a database for each: of whole pictures, or of patches of them, and of captions.
+
+A part's metadata are written last, and tell what made it: a part is there when they are.
+"""
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data.curation.base import Media
+from data.curation.clip import Embedder, shared_embedder
+from data.curation.media import read_media
+from data.curation.pretrained import Device, Dtype, fingerprint, model_folder
+from data.hashing import mix64, text64
+from data.manifest import Manifest
+from data.parquet import to_parquet, told_at
+from data.retrieval.database import SIDES, Side, embedding_path, metadata_path
+from data.store import Store, redact
+from data.tasks import Task
+
+_WHOLE = 512
+"""Pixels that suffice of a whole picture: models see fewer."""
+_COLUMNS = ("caption", "url")
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Squares at random places of pictures, as retrieval-augmented diffusion's database has them (arXiv 2204.11824).
+
+    Args:
+        per_picture: how many of each.
+        size: side in pixels of the picture; its shorter side, where that is less.
+        seed: of their places.
+    """
+
+    per_picture: int = 1
+    size: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_picture < 1 or self.size < 1:
+            raise ValueError(f"patches.per_picture={self.per_picture} and patches.size={self.size} must be positive")
+
+    def places(self, key: str, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Left, top, right and bottom of each patch of a picture, which follow from its key."""
+        side = min(self.size, height, width)
+        found = []
+        for number in range(self.per_picture):
+            drawn = np.random.default_rng(mix64(text64(key), number, self.seed))
+            left, top = int(drawn.integers(width - side + 1)), int(drawn.integers(height - side + 1))
+            found.append((left, top, left + side, top + side))
+        return found
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How pictures and captions become embeddings.
+
+    Args:
+        model: of transformers, CLIP, SigLIP ...: a folder, or a name on the hub.
+        texts: embed captions too.
+        patches: of pictures; null: whole ones.
+        batch: pictures at a time.
+        dtype: that the model computes in.
+        device: auto, cpu or cuda.
+    """
+
+    model: str
+    texts: bool = False
+    patches: Patches | None = None
+    batch: int = 64
+    dtype: Dtype = "float32"
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"embedding.batch={self.batch} must be positive")
+        if self.texts and self.patches is not None:
+            raise ValueError("embedding.texts=true embeds the captions of whole pictures: leave out embedding.patches")
+
+    @property
+    def sides(self) -> list[Side]:
+        """What is embedded."""
+        return [side for side in SIDES if side == "image" or self.texts]
+
+    def embedder(self) -> Embedder:
+        """The model, loaded once in a process."""
+        return shared_embedder(model_folder(self.model), self.dtype, self.device)
+
+    def fingerprint(self) -> str:
+        """Of the model."""
+        return fingerprint(model_folder(self.model))
+
+    def recipe(self) -> dict[str, Any]:
+        """All that embeddings depend on, as JSON values."""
+        patches = asdict(self.patches) if self.patches is not None else None
+        return {
+            "model": self.fingerprint(),
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "texts": self.texts,
+            "patches": patches,
+        }
+
+
+def part_names(count: int) -> list[str]:
+    """The numbers of so many parts, as files have them: alphabetical order is that of numbers."""
+    return [f"{i:0{max(5, len(str(count - 1)))}d}" for i in range(count)]
+
+
+def is_done(manifest: Manifest, folder: Path, part: str, recipe: dict[str, Any]) -> bool:
+    """Whether a part holds what this shard's would."""
+    told = told_at(str(metadata_path(folder, part)), Store())
+    return told.get("recipe") == recipe and told.get("shard") == manifest.digest
+
+
+def embed_shards(
+    manifests: Sequence[Manifest],
+    folder: Path,
+    embedding: Embedding,
+    recipe: dict[str, Any],
+    store: Store,
+    max_errors: float,
+    task: Task,
+) -> None:
+    """What one task does: embed its own shards, those that are not done."""
+    names = part_names(len(manifests))
+    for i in task.own(range(len(manifests))):
+        manifest = manifests[i]
+        if is_done(manifest, folder, names[i], recipe):
+            task.skip(manifest.rows)
+        else:
+            _embed_shard(manifest, folder, names[i], embedding, recipe, store, max_errors, task)
+
+
+def embedded(
+    manifest: Manifest, embedding: Embedding, store: Store
+) -> Iterator[tuple[list[Media], list[dict[str, Any]], dict[Side, np.ndarray], Counter[str]]]:
+    """A shard's samples in batches, what was embedded of them: metadata and embeddings, a row each, and how many could
+    not be, by reason.
+
+    Raises:
+        StoreError: the store fails.
+    """
+    embedder, patches = embedding.embedder(), embedding.patches
+    side = _WHOLE if patches is None else 1 << 30
+    row = 0
+    for samples in read_media(manifest, store, _COLUMNS, frozenset({"image"}), side, embedding.batch):
+        rows: list[dict[str, Any]] = []
+        pictures: list[np.ndarray] = []
+        failed: Counter[str] = Counter()
+        for number, sample in enumerate(samples, row):
+            failure = sample.failure() if sample.kind == "image" else None
+            if sample.kind != "image" or failure is not None:
+                failed[failure.reason if failure is not None else "no picture"] += 1
+                continue
+            told = {"image_path": sample.key, "shard": redact(manifest.shard), "row": number, **sample.row}
+            image = sample.image
+            for place in patches.places(sample.key, *image.shape[:2]) if patches is not None else [None]:
+                rows.append(told | {"patch": list(place) if place is not None else None})
+                left, top, right, bottom = place or (0, 0, image.shape[1], image.shape[0])
+                pictures.append(image[top:bottom, left:right])
+        vectors: dict[Side, np.ndarray] = {}
+        if pictures:
+            vectors["image"] = np.concatenate(
+                [embedder.images(pictures[i : i + embedding.batch]) for i in range(0, len(pictures), embedding.batch)]
+            )
+            if embedding.texts:
+                vectors["text"] = embedder.texts([one["caption"] or "" for one in rows])
+        yield samples, rows, vectors, failed
+        row += len(samples)
+
+
+def _embed_shard(
+    manifest: Manifest,
+    folder: Path,
+    part: str,
+    embedding: Embedding,
+    recipe: dict[str, Any],
+    store: Store,
+    max_errors: float,
+    task: Task,
+) -> None:
+    rows: list[dict[str, Any]] = []
+    vectors: dict[Side, list[np.ndarray]] = {side: [] for side in embedding.sides}
+    failed: Counter[str] = Counter()
+    for samples, found, of_found, errors in embedded(manifest, embedding, store):
+        rows += found
+        failed += errors
+        for side, array in of_found.items():
+            vectors[side].append(array.astype(np.float16))
+        task.advance(len(samples), errors)
+    if failed.total() > max_errors * manifest.rows:
+        reason, count = failed.most_common(1)[0]
+        raise ValueError(
+            f"{failed.total()} of the {manifest.rows} samples of {redact(manifest.shard)} cannot be embedded, more than"
+            f" max_errors={max_errors} allows: {count} times {reason}. Raise max_errors to go on without them"
+        )
+    metadata_path(folder, part).unlink(missing_ok=True)  # it would tell that the part is whole
+    width = embedding.embedder().width
+    for side, arrays in vectors.items():
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(arrays) if arrays else np.zeros((0, width), np.float16))
+        Store().write(str(embedding_path(folder, side, part)), buffer.getvalue())
+    told = {"recipe": recipe, "shard": manifest.digest, "errors": dict(failed)}
+    Store().write(str(metadata_path(folder, part)), to_parquet(_table(rows), told))
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    schema = pa.schema(
+        {
+            "image_path": pa.string(),
+            "caption": pa.string(),
+            "url": pa.string(),
+            "shard": pa.string(),
+            "row": pa.int64(),
+            "patch": pa.list_(pa.int32()),
+        }
+    )
+    return pa.Table.from_pylist(list(rows), schema)

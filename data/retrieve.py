@@ -1,0 +1,197 @@
+"""The `retrieve` job: a database of embeddings of shards, an index over it, the neighbours of samples, and answers.
+
+Three steps, each shared by tasks and each going on where it was stopped: embed every shard, build the indexes, find the
+neighbours. The files are clip-retrieval's (see `data.retrieval.database`).
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from conf.errors import ConfigError, mistakes
+from data.index import ensure_indexed
+from data.manifest import Manifest
+from data.retrieval.database import (
+    SIDES,
+    VERSION,
+    Database,
+    Side,
+    embedding_path,
+    index_path,
+    local_folder,
+    metadata_path,
+    told_path,
+)
+from data.retrieval.embedding import Embedding, embed_shards, is_done, part_names
+from data.retrieval.index import IndexBuilder, IndexSettings
+from data.retrieval.neighbours import due, find_neighbours, recipe_of
+from data.store import Store, remove_leftovers
+from data.tasks import Tasks, run_tasks
+from data.tracking import LogConfig, RunLog, job_log
+
+
+@dataclass
+class Config:
+    """What `millrace retrieve` takes.
+
+    Args:
+        database: its folder.
+        shards: that it is made of (patterns, see `Store.expand`); null: it is there.
+        embedding: how pictures become embeddings.
+        index: what indexes are to be.
+        neighbours_of: shards whose samples get a column of neighbours; null: none.
+        neighbours: name of the column.
+        k: how many neighbours.
+        cluster: tasks that share the work.
+        manifest_folder: where manifests go; beside the shards if null.
+        max_errors: share of a shard's samples that may lack a picture that can be embedded.
+        store: where shards lie.
+        name: of the run, which writes what it tells of itself to <runs>/<name>.
+        runs: folder of runs.
+        log: whether in W&B too.
+    """
+
+    database: str
+    embedding: Embedding
+    shards: str | list[str] | None = None
+    index: IndexSettings = field(default_factory=IndexSettings)
+    neighbours_of: str | list[str] | None = None
+    neighbours: str = "neighbours"
+    k: int = 20
+    cluster: Tasks = field(default_factory=Tasks)
+    manifest_folder: str | None = None
+    max_errors: float = 0.1
+    store: Store = field(default_factory=Store)
+    name: str = "retrieve"
+    runs: str = "runs"
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def run(config: Config) -> None:
+    """Do what is not done of the three steps, and say what there is.
+
+    Raises:
+        ConfigError: there is nothing to do, no shards, or settings that do not go together.
+        ValueError: too many samples of a shard cannot be embedded.
+        StoreError: a store fails.
+    """
+    from conf.schema import build
+
+    started = time.perf_counter()
+    with mistakes():
+        tasks = Tasks(config.cluster.tasks, config.cluster.task)
+        embedding, settings, store = build(config.embedding), build(config.index), build(config.store)
+        if config.shards is None and config.neighbours_of is None:
+            raise ConfigError("there is nothing to do: give shards=, neighbours_of=, or both")
+        if not 0 <= config.max_errors <= 1 or config.k < 1:
+            raise ConfigError(f"max_errors={config.max_errors} is a share, and k={config.k} at least 1")
+        folder = local_folder(config.database)
+        made_of = _manifests(config.shards, store, config.manifest_folder)
+        asked = _manifests(config.neighbours_of, store, config.manifest_folder)
+    with job_log(config, tasks.part) as log:
+        if made_of:
+            make_database(made_of, folder, embedding, settings, store, config.max_errors, tasks, log)
+        whole = tasks.task is None or not made_of
+        if asked and whole:
+            with mistakes():
+                database = Database(folder)
+                one = replace(embedding, patches=None, texts=False)
+                database.check_model(one.fingerprint(), one.model)
+                if config.k > database.rows:
+                    raise ConfigError(f"k={config.k} neighbours of a database of {database.rows} rows: choose fewer")
+                is_due = due(asked, config.neighbours, recipe_of(database, one, config.k), store)
+            work = partial(find_neighbours, asked, is_due, database, one, config.neighbours, config.k, store)
+            run_tasks(work, tasks, tasks.totals([m.rows for m in asked]), "neighbours", log)
+    if whole:
+        print(summary(Database(folder), asked, config.neighbours, time.perf_counter() - started))
+    else:
+        print("the shards of this task are embedded: the same command without cluster.task builds the index")
+
+
+def make_database(
+    manifests: Sequence[Manifest],
+    folder: Path,
+    embedding: Embedding,
+    settings: IndexSettings,
+    store: Store,
+    max_errors: float,
+    tasks: Tasks,
+    log: RunLog | None = None,
+) -> None:
+    """Bring a database and its indexes up to date. A single task of several embeds its shards, and no more.
+
+    Raises:
+        ConfigError: an index that does not fit its memory.
+        ValueError: too many samples of a shard cannot be embedded.
+    """
+    for inside in (folder, *(path for path in folder.glob("*") if path.is_dir())):
+        remove_leftovers(str(inside))
+    recipe, names = embedding.recipe(), part_names(len(manifests))
+    if not all(is_done(m, folder, name, recipe) for m, name in zip(manifests, names, strict=True)):
+        work = partial(embed_shards, manifests, folder, embedding, recipe, store, max_errors)
+        run_tasks(work, tasks, tasks.totals([m.rows for m in manifests]), "embed", log)
+    if tasks.task is not None:
+        return
+    _remove_others(folder, names, embedding.sides)
+    told: dict[str, Any] = {
+        "version": VERSION,
+        "model": recipe["model"],
+        "model_name": embedding.model,
+        "recipe": recipe,
+        "parts": [[name, m.digest] for name, m in zip(names, manifests, strict=True)],
+        "indexes": Database(folder).told.get("indexes", {}) if told_path(folder).exists() else {},
+    }
+    _tell(folder, told)
+    for side in embedding.sides:
+        with mistakes():
+            builder = IndexBuilder(Database(folder), side, settings)
+        if not builder.done:
+            builder.train(tasks.tasks)
+            rows = [sum(part.rows for part in block) for block in builder.blocks]
+            run_tasks(builder.add, Tasks(tasks.tasks), Tasks(tasks.tasks).totals(rows), f"index of {side}s", log)
+            told["indexes"] = {**told["indexes"], side: builder.finish(tasks.tasks)}
+            _tell(folder, told)
+        builder.clean()
+
+
+def summary(database: Database, asked: Sequence[Manifest], neighbours: str, seconds: float) -> str:
+    """What there is, for people."""
+    lines = [f"{database.folder}: {database.rows} embeddings of {database.width} numbers, {seconds:.1f} s"]
+    for side, index in database.told.get("indexes", {}).items():
+        searched = ", ".join(f"{key} {value}" for key, value in index["search"].items())
+        lines.append(
+            f"  {side}.index: {index['factory']}, {index['bytes'] / (1 << 30):.2f} GiB, recall {index['recall']:.3f}"
+            + (f" with {searched}" if searched else "")
+        )
+    if asked:
+        lines.append(f"  column {neighbours!r} beside {len(asked)} shards, {sum(m.rows for m in asked)} samples")
+    return "\n".join(lines)
+
+
+def _manifests(patterns: str | list[str] | None, store: Store, folder: str | None) -> list[Manifest]:
+    if patterns is None:
+        return []
+    return ensure_indexed(store.expand([patterns] if isinstance(patterns, str) else list(patterns)), store, folder)
+
+
+def _remove_others(folder: Path, names: Sequence[str], sides: Sequence[Side]) -> None:
+    """Remove what an earlier database in the folder had more."""
+    kept = {metadata_path(folder, name) for name in names}
+    kept |= {embedding_path(folder, side, name) for side in sides for name in names}
+    for pattern in ("img_emb/img_emb_*.npy", "text_emb/text_emb_*.npy", "metadata/metadata_*.parquet"):
+        for path in folder.glob(pattern):
+            if path not in kept:
+                path.unlink()
+    for side in SIDES:
+        if side not in sides:
+            index_path(folder, side).unlink(missing_ok=True)
+            if (folder / "text_emb").is_dir():
+                (folder / "text_emb").rmdir()
+
+
+def _tell(folder: Path, told: dict[str, Any]) -> None:
+    Store().write(str(told_path(folder)), json.dumps(told, indent=1).encode())

@@ -1,0 +1,236 @@
+"""The retrieve job over small tars, with a tiny CLIP: what it writes, what it skips, and what it refuses."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from shard_files import picture, write_tar
+
+from data.retrieval.database import Database
+from data.retrieval.embedding import Patches
+from tests.data.curation.tiny_models import save_clip
+from tools.cli import execute
+
+ROOT = Path(__file__).parents[3]
+PER_SHARD = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def write_shards(folder: Path, shards: int = 3, start: int = 0) -> Path:
+    for i in range(start, start + shards):
+        members = []
+        for n in range(PER_SHARD):
+            number = i * PER_SHARD + n
+            data = picture(30 + number, 40, form="PNG", seed=number)
+            if number == 4:
+                data = data[:100]  # cannot be decoded
+            members += [(f"key{number:04d}.png", data), (f"key{number:04d}.txt", f"a red circle {number}".encode())]
+        write_tar(folder / f"{i:05d}.tar", members)
+    return folder
+
+
+def command(database: Path, model: Path, *more: str) -> list[str]:
+    return ["retrieve", f"database={database}", f"embedding.model={model}", "log.wandb=null", "max_errors=0.2", *more]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def expected(shards: Path, model: Path) -> dict[str, np.ndarray]:
+    """Embeddings by key, by transformers, from Pillow's pictures one by one."""
+    import tarfile
+
+    import torch
+    from transformers import AutoImageProcessor, AutoModel
+
+    network, processor = (
+        AutoModel.from_pretrained(model).eval(),
+        AutoImageProcessor.from_pretrained(model, backend="pil"),
+    )
+    found = {}
+    for path in sorted(shards.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith("png") and member.name != "key0004.png":
+                    image = Image.open(io.BytesIO(tar.extractfile(member).read()))
+                    pixels = processor(image, return_tensors="pt").pixel_values
+                    with torch.no_grad():
+                        vector = network.get_image_features(pixel_values=pixels).pooler_output[0].numpy()
+                    found[member.name[:7]] = vector / np.linalg.norm(vector)
+    return found
+
+
+def test_a_database_and_the_neighbours_of_its_samples(tmp_path, model, capsys):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    more = [f"shards={shards}", f"neighbours_of={shards}", "embedding.texts=true", "k=3"]
+    assert execute(command(folder, model, *more)) == 0
+    said = capsys.readouterr().out
+    assert "17 embeddings of 10 numbers" in said and "image.index: Flat" in said and "recall 1.000" in said
+    names = {"img_emb", "text_emb", "metadata", "image.index", "text.index", "database.json"}
+    assert {path.name for path in folder.iterdir()} == names
+
+    database = Database(folder)
+    told = database.metadata(range(17))
+    keys = [one["image_path"] for one in told]
+    true = expected(shards, model)
+    assert keys == sorted(true)
+    vectors = database.vectors(np.arange(17))
+    assert np.abs(vectors - np.stack([true[key] for key in keys])).max() < 2e-3  # half precision
+    assert told[5]["caption"] == "a red circle 6" and told[5]["shard"].endswith("00001.tar") and told[5]["row"] == 0
+    captions = database.vectors(np.arange(17), "text")
+    assert captions.shape == (17, 10) and not np.allclose(captions, vectors, atol=0.1)
+
+    similar = vectors @ vectors.T
+    for i, shard in enumerate(sorted(shards.glob("*.tar"))):
+        table = pq.read_table(shard.with_name(f"{i:05d}.neighbours.parquet"))
+        rows = [n for n in range(17) if told[n]["shard"].endswith(shard.name)]
+        ids, similarities = (table[name].to_pylist() for name in ("neighbours", "neighbours_similarity"))
+        assert [n for n, one in enumerate(ids) if one is None] == ([4] if i == 0 else [])
+        for row, n in zip([n for n, one in enumerate(ids) if one is not None], rows, strict=True):
+            assert ids[row][0] == n and similarities[row][0] == pytest.approx(1, abs=1e-3)
+            assert np.allclose(similar[n, ids[row]], np.sort(similar[n])[::-1][:3], atol=2e-3)
+            assert np.allclose(similarities[row], similar[n, ids[row]], atol=2e-3)
+
+
+def test_what_is_done_is_skipped_and_what_changed_done_again(tmp_path, model):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    more = [f"shards={shards}", f"neighbours_of={shards}", "k=3"]
+    watched = [folder / "img_emb", folder / "metadata", folder / "image.index", *shards.glob("*.neighbours.parquet")]
+
+    def times() -> dict[str, int]:
+        found = [path for one in watched for path in (one.iterdir() if one.is_dir() else [one])]
+        found += list(shards.glob("*.neighbours.parquet"))
+        return {path.name: path.stat().st_mtime_ns for path in found if path.exists()}
+
+    assert execute(command(folder, model, *more)) == 0
+    before = times()
+    assert execute(command(folder, model, *more)) == 0
+    assert times() == before
+
+    write_shards(shards, 1, start=3)
+    assert execute(command(folder, model, *more)) == 0
+    after = times()
+    kept = {f"{kind}_{i:05d}.{end}" for i in range(3) for kind, end in (("img_emb", "npy"), ("metadata", "parquet"))}
+    assert {name for name in before if after[name] == before[name]} == kept  # other rows, other neighbours
+
+    for path in shards.glob("00003.*"):
+        path.unlink()
+    assert execute(command(folder, model, *more)) == 0
+    assert Database(folder).rows == 17 and not (folder / "img_emb" / "img_emb_00003.npy").exists()
+
+
+def test_tasks_and_kills_end_with_the_same_files(tmp_path, model):
+    shards = write_shards(tmp_path / "shards", 4)
+    index = ["index.kind=ivf_flat", "index.cells=4", "embedding.batch=4"]
+    more = [f"shards={shards}", f"neighbours_of={shards}", "k=3", *index]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert execute(command(one, model, *more)) == 0
+    neighbours = {path.name: path.read_bytes() for path in shards.glob("*.neighbours.parquet")}
+    for path in shards.glob("*.neighbours.parquet"):
+        path.unlink()
+
+    line = [sys.executable, "-m", "tools.cli", *command(two, model, *more, "cluster.tasks=2")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for pattern in ("img_emb/*.npy", "*.work/*", "image.index"):
+        process = subprocess.Popen(line, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while process.poll() is None and not list(two.glob(pattern)):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(line, env=environment, check=True)
+    first, second = files(one), files(two)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert {path.name: path.read_bytes() for path in shards.glob("*.neighbours.parquet")} == neighbours
+
+
+def test_a_task_of_an_array_embeds_its_own_shards(tmp_path, model, capsys):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    more = [f"shards={shards}", f"neighbours_of={shards}", "k=3", "cluster.tasks=2"]
+    assert execute(command(folder, model, *more, "cluster.task=1")) == 0
+    assert "without cluster.task builds the index" in capsys.readouterr().out
+    assert [path.name for path in (folder / "img_emb").iterdir()] == ["img_emb_00001.npy"]
+    assert execute(command(folder, model, *more)) == 0
+    assert Database(folder).rows == 17
+
+
+def test_patches_are_squares_whose_places_follow_from_keys(tmp_path, model):
+    shards, folder = write_shards(tmp_path / "shards", 1), tmp_path / "db"
+    patches = "embedding.patches={_target_: data.retrieval.embedding.Patches, per_picture: 2, size: 24}"
+    assert execute(command(folder, model, f"shards={shards}", patches)) == 0
+    database = Database(folder)
+    assert database.rows == 10
+    told = database.metadata(range(10), ["image_path", "patch"])
+    assert told[0]["image_path"] == told[1]["image_path"] and told[0]["patch"] != told[1]["patch"]
+    assert [tuple(one["patch"]) for one in told[:2]] == Patches(2, 24).places("key0000", 40, 30)
+    from data.retrieval.embedding import Embedding
+
+    image = np.array(Image.open(io.BytesIO(picture(30, 40, form="PNG", seed=0))))
+    left, top, right, bottom = told[1]["patch"]
+    assert (right - left, bottom - top) == (24, 24)
+    (vector,) = Embedding(str(model)).embedder().images([image[top:bottom, left:right]])
+    assert np.abs(vector - database.vectors(np.array([1]))[0]).max() < 2e-3
+
+
+def test_patches_lie_within_pictures_smaller_than_they_are():
+    for left, top, right, bottom in Patches(50, 256).places("key", 100, 60):
+        assert left >= 0 and right <= 60 and top >= 0 and bottom <= 100 and right - left == bottom - top == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["neighbours_of={shards}", "k=18"], "k=18 neighbours of a database of 17 rows"),
+        (["neighbours_of={shards}", "embedding.model={other}"], "holds embeddings of another model than"),
+        (["database={empty}", "neighbours_of={shards}"], "has no img_emb/: make one with `millrace retrieve"),
+        (["database=s3://bucket/db", "neighbours_of={shards}"], "give a folder, not a URL"),
+        ([], "there is nothing to do"),
+        (["shards={shards}", "max_errors=0.1"], "1 of the 6 samples of .*00000.tar cannot be embedded"),
+        (["shards={shards}", "index.memory_gib=1e-9", "index.kind=flat"], "memory_gib=1e-09 is too little"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, model, change, message, capsys):
+    import re
+
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}")) == 0
+    if "max_errors=0.1" in change:
+        for path in folder.glob("*/*"):
+            path.unlink()
+    other = save_clip(tmp_path / "other", seed=1)
+    told = [one.format(shards=shards, other=other, empty=tmp_path / "empty") for one in change]
+    assert execute(command(folder, model, *told)) in (1, 2)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_damage_is_told_of(tmp_path, model, capsys):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}")) == 0
+    told = json.loads((folder / "database.json").read_text())
+    for path, content, message in [
+        (folder / "image.index", b"nonsense", "image.index is damaged"),
+        (folder / "img_emb" / "img_emb_00001.npy", b"nonsense", "img_emb_00001.npy cannot be read"),
+        (folder / "database.json", b"{", "database.json is damaged"),
+        (folder / "database.json", json.dumps(told | {"version": 9}).encode(), "is of version 9"),
+    ]:
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        assert execute(command(folder, model, f"neighbours_of={shards}", "k=2")) == 2
+        assert message in capsys.readouterr().err
+        path.write_bytes(whole)

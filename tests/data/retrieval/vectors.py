@@ -1,0 +1,30 @@
+"""Databases of vectors in clusters, without a model."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.retrieval.database import Database, embedding_path, metadata_path
+
+
+def clustered(count: int, width: int, clusters: int, spread: float = 0.5, seed: int = 0) -> np.ndarray:
+    """(count, width) float32 of length one, around so many centres."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((clusters, width))
+    vectors = centres[random.integers(clusters, size=count)] + spread * random.standard_normal((count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def save_database(folder: Path, parts: list[np.ndarray], side: str = "image") -> Database:
+    """As clip-retrieval would write it."""
+    for i, vectors in enumerate(parts):
+        path = embedding_path(folder, side, f"{i:05d}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, vectors.astype(np.float16))
+        path = metadata_path(folder, f"{i:05d}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keys = [f"{i}_{row}" for row in range(len(vectors))]
+        pq.write_table(pa.table({"image_path": keys, "caption": [f"caption of {key}" for key in keys]}), path)
+    return Database(folder)
