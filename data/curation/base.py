@@ -126,8 +126,9 @@ class Filter(_Columns):
             whose scores come the clip's (see `curation.video.combine`). "video": clips. "any": pictures and clips, as
             encoded. "none": only the manifest's columns.
         frames: those frames; by default, as in SVD (arXiv 2311.15127, appendix C), three.
-        batched: whether `score` is to get many samples at once, as models want it; else one after the other, with the
-            pixels still in the processor's cache.
+        batched: whether `score` runs a model, which wants many samples at once and rounds differently in other batches;
+            else it gets pictures one after the other, with the pixels still in the processor's cache. Where nothing is
+            decoded it gets many in any case.
         needs: manifest columns that it reads from `Media.row`.
     """
 

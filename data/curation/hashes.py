@@ -23,21 +23,20 @@ class ContentHash(Filter):
 
     name = "content_hash"
     media: ClassVar = "any"
-    batched: ClassVar = True
     columns = pa.schema({"content_hash": pa.binary(16)})
 
     def settings(self) -> dict[str, Any]:
         return {}
 
     def score(self, samples: Sequence[Media]) -> Sequence[Mapping[str, Any] | Failure]:
-        return [{"content_hash": _content(sample)} for sample in samples]
+        return [
+            {"content_hash": _part_hash(s.data, s.span) if s.span else xxhash.xxh3_128_digest(s.data)} for s in samples
+        ]
 
 
-def _content(sample: Media) -> bytes:
-    if sample.span is None:
-        return xxhash.xxh3_128_digest(sample.data)
-    digest = xxhash.xxh3_128(sample.data)
-    digest.update(repr(sample.span).encode())
+def _part_hash(data: bytes, span: tuple[int, int]) -> bytes:
+    digest = xxhash.xxh3_128(data)
+    digest.update(repr(span).encode())
     return digest.digest()
 
 

@@ -10,15 +10,33 @@ Outcome = Mapping[str, Any] | Failure | None
 _Frames = dict[Place, Media] | Failure
 
 
-def score_batch(filters: Sequence[Filter], samples: Sequence[Media]) -> list[list[Outcome]]:
+def score_batch(filters: Sequence[Filter], samples: Sequence[Media]) -> list[Sequence[Outcome]]:
     """What each filter makes of each sample; None for those with other media than it looks at.
-
-    Sample by sample, so that filters find pixels in the processor's cache and memory serves again for the next. Only
-    what batched filters look at is held until the end.
 
     Args:
         filters: of the pass.
         samples: pixels are decoded here and released.
+    """
+    of_pixels = [one for one in filters if one.media in ("image", "video")]
+    outcomes = _score_pixels(of_pixels, samples) if of_pixels else {}
+    return [outcomes[one.name] if one.name in outcomes else _score_encoded(one, samples) for one in filters]
+
+
+def _score_encoded(one: Filter, samples: Sequence[Media]) -> Sequence[Outcome]:
+    """What a filter makes of samples of which nothing is decoded. It may need no more than microseconds for each."""
+    shown = samples if one.media == "none" else [sample for sample in samples if sample.kind is not None]
+    scored = _score(one, shown)
+    if len(shown) == len(samples):
+        return scored
+    following = iter(scored)
+    return [_no_media(sample) or next(following) for sample in samples]
+
+
+def _score_pixels(filters: Sequence[Filter], samples: Sequence[Media]) -> dict[str, list[Outcome]]:
+    """What filters of pictures and clips make of each sample, by name.
+
+    Sample by sample, so that filters find pixels in the processor's cache and memory serves again for the next. Only
+    what batched filters look at is held until the end.
     """
     watching = [one for one in filters if isinstance(one, VideoFilter)]
     single = [one for one in filters if not isinstance(one, VideoFilter) and not one.batched]
@@ -45,7 +63,7 @@ def score_batch(filters: Sequence[Filter], samples: Sequence[Media]) -> list[lis
         outcomes[one.name] = _score_at_once(one, samples, frames or [{}] * len(samples))
     for sample in samples:
         sample.release()
-    return [outcomes[one.name] for one in filters]
+    return outcomes
 
 
 def _no_media(sample: Media) -> Failure | None:
@@ -64,17 +82,20 @@ def _score_at_once(one: Filter, samples: Sequence[Media], frames: Sequence[_Fram
         else:
             parts[i] = slice(len(shown), len(shown) + len(seen))
             shown += seen
-    scored = one.score(shown) if shown else []
-    assert len(scored) == len(shown), f"the filter {one.name!r} scored {len(scored)} of {len(shown)} samples"
+    scored = _score(one, shown)
     for i, part in parts.items():
         outcomes[i] = combine(scored[part], one.columns.names)
     return outcomes
 
 
+def _score(one: Filter, shown: Sequence[Media]) -> Sequence[Mapping[str, Any] | Failure]:
+    scored = one.score(shown) if shown else []
+    assert len(scored) == len(shown), f"the filter {one.name!r} scored {len(scored)} of {len(shown)} samples"
+    return scored
+
+
 def _seen(one: Filter, sample: Media, frames: _Frames) -> list[Media] | Failure | None:
     """What a filter is shown of a sample; None for media that it does not look at."""
-    if one.media == "none" or (one.media == "any" and sample.kind is not None):
-        return [sample]
     if one.media == "image" and sample.kind == "video":
         return frames if isinstance(frames, Failure) else [frames[place] for place in one.frames]
     if one.media == "video" and sample.kind == "image":

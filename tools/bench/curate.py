@@ -27,6 +27,8 @@ from tools.bench.curate_samples import clip, picture
 
 _SIDE = 512
 _NETWORK_SIDE = 736
+_LEAST_SECONDS = 0.05
+"""That a measurement takes."""
 
 
 def run(
@@ -102,16 +104,20 @@ def _compare(
     samples: list[Media], ours: Callable[[list[Media]], Any], alternative: Callable[[list[Media]], Any], repeats: int
 ) -> dict[str, float]:
     seconds: dict[str, list[float]] = {"ours": [], "alternative": []}
-    for repeat in range(repeats + 1):  # the first one warms caches
-        fresh = _fresh(samples)
-        begin = time.process_time()
-        ours(fresh)
-        middle = time.process_time()
-        alternative(fresh)
-        end = time.process_time()
+    rounds = 1
+    for repeat in range(repeats + 1):  # the first one warms caches, and tells how often short ones are to be repeated
+        taken = {"ours": 0.0, "alternative": 0.0}
+        for _ in range(rounds):
+            fresh = _fresh(samples)
+            for side, measure in (("ours", ours), ("alternative", alternative)):
+                begin = time.process_time()
+                measure(fresh)
+                taken[side] += time.process_time() - begin
         if repeat:
-            seconds["ours"].append(middle - begin)
-            seconds["alternative"].append(end - middle)
+            for side in seconds:
+                seconds[side].append(taken[side] / rounds)
+        else:
+            rounds = max(1, round(_LEAST_SECONDS / min(taken.values())))
     rates = {side: len(samples) / statistics.median(taken) for side, taken in seconds.items()}
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["alternative"], strict=True)]
     return {
