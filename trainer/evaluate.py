@@ -39,6 +39,7 @@ from trainer.evaluation.opening import (
     is_local,
     listed,
     open_buckets,
+    open_conditions,
     open_generated,
     open_model,
     open_prompts,
@@ -155,13 +156,15 @@ def evaluate(config: Any, world: World, resources: ExitStack) -> list[dict[str, 
     model = open_model(config, config.averages[0])
     buckets = open_buckets(config, model, world)
     reference = open_reference(config, model, buckets, world)
-    drawn = isinstance(model, Loaded) and bool(of_pictures)
-    asked = open_prompts(config, buckets, reference) if drawn else []
+    drawn, asked, conditions = False, [], None
+    if isinstance(model, Loaded) and of_pictures:
+        drawn, conditions = True, open_conditions(config, model, buckets, reference, world)
+        asked = open_prompts(config, model, buckets, reference) if conditions is None else conditions.asked()
     given = _given(config, model, buckets, reference, world) if of_pictures and not drawn else None
     _check(metrics, given.count if given is not None else len(asked), reference, config)
 
     # Which settings are still to be measured.
-    pictures_are = identity_of_pictures(config, model, asked)
+    pictures_are = identity_of_pictures(config, model, asked, conditions)
     if given is not None:
         pictures_are |= {"given": config.generated, "of": fingerprint_of(given), "sizes": str(buckets.fingerprint)}
     measured = {"metrics": OmegaConf.to_container(config.metric), "labels": [metric.label for metric in metrics]}
@@ -192,7 +195,10 @@ def evaluate(config: Any, world: World, resources: ExitStack) -> list[dict[str, 
                 pictures = given
                 if isinstance(model, Loaded) and drawn:
                     sampler, guidance = _drawing(config, setting, model)
-                    pictures = DrawnPictures(asked, config.seed, model, sampler, guidance, config.batch, world.device)
+                    of = conditions.picture if conditions is not None else None
+                    pictures = DrawnPictures(
+                        asked, of, config.seed, model, sampler, guidance, config.batch, world.device
+                    )
                     folder = directory.path / "pictures" / digest([pictures_are, asdict(setting)])
                     pictures = KeptPictures(pictures, folder, world.device) if config.keep else pictures
                 elif given is not None and model is not None:

@@ -39,7 +39,6 @@ class Loaded:
         config: "model", "first_stage", "conditioner", "process" and "sampler" as a run's config describes them; a
             pipeline's sampler is that of its scheduler.
         size: (height, width) in pixels that it was trained at (the first bucket).
-        fields: what samples that it was trained on come with, by name.
         source: where it came from, for pictures' metadata.
         seed: of the run, from which a first stage without weights of its own is drawn again.
         fields: what samples that it was trained on come with, by name.
@@ -166,6 +165,8 @@ def _load_checkpoint(path: Path, ema: str, exact: bool) -> Loaded:
     else:
         conditioner = build(config.conditioner)
     buckets = build(config.buckets)
+    first = next(iter(config.data.sources.values()))  # all sources have the same kinds of fields
+    fields = {**(config.data.get("fields") or {}), **(first.get("fields") or {})}
     return Loaded(
         networks={
             "denoiser": _denoiser(path, config, length),
@@ -177,7 +178,7 @@ def _load_checkpoint(path: Path, ema: str, exact: bool) -> Loaded:
         size=(buckets[0].height, buckets[0].width),
         source=f"{path}, {f'EMA {length}' if length else 'weights'}",
         seed=config.seed,
-        fields={name: build(node) for name, node in (config.data.get("fields") or {}).items()},
+        fields={name: build(node) for name, node in fields.items()},
     )
 
 

@@ -12,9 +12,12 @@ from omegaconf import OmegaConf
 from conf.errors import ConfigError
 from conf.schema import build
 from data.buckets import Buckets
+from data.fields import Field
 from data.store import redact
 from data.tars import TarData
+from models.conditioner import Conditioner
 from trainer.distributed import World, first_on_node
+from trainer.evaluation.conditions import SampleConditions, read_of_samples
 from trainer.evaluation.distributions import read_statistics
 from trainer.evaluation.pictures import Asked, FolderPictures, TarPictures, one_size, single_bucket
 from trainer.loading import Loaded, LoadedFirstStage, load_first_stage, load_model
@@ -91,12 +94,44 @@ def open_reference(
     )
 
 
-def open_prompts(config: Any, buckets: Buckets, reference: Any) -> list[Asked]:
-    """What is drawn: the prompts given, or the reference's captions.
+def open_conditions(
+    config: Any, model: Loaded, buckets: Buckets, reference: Any, world: World
+) -> SampleConditions | None:
+    """What is drawn by a model that reads more of samples than captions: what the reference's samples come with, in
+    fields as the model was trained with, or the run's held-out ones; None of other models.
+
+    Raises:
+        ConfigError: there are no such samples.
+    """
+    conditioner: Any = model.networks["conditioner"]
+    names = read_of_samples(conditioner)
+    given = bool(config.prompts) or config.prompts_file is not None
+    if not names or (given and "captions" in conditioner.reads):
+        return None
+    if given:
+        raise ConfigError(
+            f"prompts: {model.source} reads {', '.join(names)} of samples, and no captions; leave it out."
+        )
+    if isinstance(reference, TarPictures) and config.reference is not None:
+        data, split = _tars("reference", listed(config.reference), config, dict(model.fields)), "train"
+    elif "data" in model.config and (data := build(model.config["data"])).holdout:
+        split = "validation"
+    else:
+        raise ConfigError(f"reference: {model.source} reads {', '.join(names)} of samples; give tars of such samples.")
+    count = config.samples or (reference.count if isinstance(reference, TarPictures | FolderPictures) else None)
+    opened = first_on_node(world, lambda: data.open(buckets, split))
+    return SampleConditions(opened, count or int(opened.totals().sum()))
+
+
+def open_prompts(config: Any, model: Loaded, buckets: Buckets, reference: Any) -> list[Asked]:
+    """What is drawn: the prompts given, or the reference's captions; of a model that reads nothing, so many pictures.
 
     Raises:
         ConfigError: there is nothing to draw.
     """
+    conditioner = model.networks["conditioner"]
+    if isinstance(conditioner, Conditioner) and conditioner.parts == 0 and config.samples is not None:
+        return [Asked("", buckets[0].height, buckets[0].width)] * config.samples
     prompts = list(config.prompts)
     if config.prompts_file is not None:
         prompts += [line.strip() for line in Path(config.prompts_file).read_text().splitlines() if line.strip()]
@@ -115,7 +150,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def identity_of_pictures(config: Any, model: Model | None, asked: Sequence[Asked]) -> dict[str, Any]:
+def identity_of_pictures(
+    config: Any, model: Model | None, asked: Sequence[Asked], conditions: SampleConditions | None
+) -> dict[str, Any]:
     """All that pictures depend on, beside how they are drawn."""
     if model is None:
         return {}
@@ -123,6 +160,8 @@ def identity_of_pictures(config: Any, model: Model | None, asked: Sequence[Asked
     told: dict[str, Any] = {"source": source, "weights": _digest_of_files(config.source, source)}
     told |= {"asked": digest([asdict(one) for one in asked]), "seed": config.seed, "batch": config.batch}
     told["precision"] = config.precision
+    if conditions is not None:
+        told["conditions"] = conditions.fingerprint
     for key in ("sampler", "guidance"):
         told[key] = OmegaConf.to_container(config[key])
     return told
@@ -171,12 +210,7 @@ def _open(
             raise ConfigError(f"bucketed=true takes a {key} of tars, and {paths[0]} has none.")
         size = None if buckets is None else (buckets[0].height, buckets[0].width)
         return FolderPictures(Path(paths[0]), size, batch, device, limit)
-    source = {"shards": list(paths), "caption": config.caption}
-    if key == "reference":
-        source["where"] = config.reference_where
-    folders = {"manifest_folder": config.manifest_folder, "cache_folder": config.cache_folder}
-    options: Any = OmegaConf.to_container(config.storage_options)
-    data = TarData({key: source}, storage_options=options, **folders)  # type: ignore[dict-item]
+    data = _tars(key, paths, config)
 
     def open_tars() -> TarPictures:
         pictures = TarPictures(data, None, buckets or single_bucket((1, 1)), batch, device, limit)
@@ -185,3 +219,13 @@ def _open(
         return pictures
 
     return first_on_node(world, open_tars)
+
+
+def _tars(key: str, paths: Sequence[str], config: Any, fields: dict[str, Field] | None = None) -> TarData:
+    """Tars that a key of the config names, with the fields that their samples come with."""
+    source = {"shards": list(paths), "caption": config.caption}
+    if key == "reference":
+        source["where"] = config.reference_where
+    folders = {"manifest_folder": config.manifest_folder, "cache_folder": config.cache_folder}
+    options: Any = OmegaConf.to_container(config.storage_options)
+    return TarData({key: source}, storage_options=options, fields=fields, **folders)  # type: ignore[dict-item]

@@ -9,7 +9,7 @@ import json
 import logging
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,6 +237,7 @@ class DrawnPictures(PictureSet):
 
     Args:
         asked: what to draw.
+        picture: of a number and a seed, the picture in full, where more is read than a prompt.
         seed: of the first picture; the next takes seed + 1.
         loaded: the model, its networks in place.
         sampler, guidance: how to draw.
@@ -247,6 +248,7 @@ class DrawnPictures(PictureSet):
     def __init__(
         self,
         asked: Sequence[Asked],
+        picture: Callable[[int, int], Picture] | None,
         seed: int,
         loaded: Loaded,
         sampler: Sampler,
@@ -255,6 +257,7 @@ class DrawnPictures(PictureSet):
         device: torch.device,
     ) -> None:
         self._asked, self._seed, self._loaded = asked, seed, loaded
+        self._picture = picture or self._of_prompt
         self._sampler, self._guidance, self._device = sampler, guidance, device
         self.count = len(asked)
         by_size: dict[tuple[int, int], list[int]] = {}
@@ -267,15 +270,16 @@ class DrawnPictures(PictureSet):
 
     def read(self, part: int) -> Iterator[Seen]:
         for numbers in self._parts[part]:
-            asked = [self._asked[number] for number in numbers]
-            pictures = [
-                Picture(a.prompt, self._seed + n, a.height, a.width) for n, a in zip(numbers, asked, strict=True)
-            ]
+            pictures = [self._picture(number, self._seed + number) for number in numbers]
             with torch.no_grad():
                 images = draw_pass(
                     self._loaded.networks, self._loaded.process, self._sampler, self._guidance, pictures, self._device
                 )
-            yield Seen(numbers, torch.stack(images).to(self._device), [one.prompt for one in asked])
+            yield Seen(numbers, torch.stack(images).to(self._device), [picture.prompt for picture in pictures])
+
+    def _of_prompt(self, number: int, seed: int) -> Picture:
+        asked = self._asked[number]
+        return Picture(asked.prompt, seed, asked.height, asked.width)
 
 
 class KeptPictures(PictureSet):

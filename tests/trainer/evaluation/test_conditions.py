@@ -1,0 +1,107 @@
+"""`millrace evaluate` of models that read more than captions: each picture is drawn of what a sample comes with."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.trainer.jobs import QUICK, train_on
+from tests.trainer.task_tars import NAMES, write_task_tars
+from tools import cli
+
+TINY = ["scale=tiny", "data.holdout=0.3", "batch=4", "lanes=2", "buckets.sizes=[[16, 16]]", "schedule.warmup=0"]
+TINY += ["steps=2", "schedule.lr=0.05", "sampler.steps=2", "samples.every=null", "validation.every=null"]
+STAND_IN = ["features=random_stand_in", "features.num_features=8", "metric=[fid]", "log.wandb=null"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("conditions")
+    write_task_tars(folder / "tars", 40)
+    write_task_tars(folder / "others", 12, height=32, width=32)
+    return folder
+
+
+def trained(home: Path, task: str, *more: str) -> Path:
+    where = [
+        *([] if any(m.startswith("name=") for m in more) else [f"name={task}"]),
+        f"experiment=ldm/{task}",
+        f"data.sources.drawn.shards={home}/tars",
+    ]
+    train_on(1, home, *where, *TINY, *more, small=QUICK)
+    return home / "runs" / task
+
+
+def evaluated(home: Path, name: str, *overrides: str) -> tuple[int, Path]:
+    """Status, and the folder of kept pictures."""
+    shared = [f"runs={home}/runs", f"name={name}", f"cache_folder={home}/cache", *STAND_IN, "batch=4", "keep=true"]
+    status = cli.execute(["evaluate", *shared, *overrides])
+    return status, home / "runs" / name / "pictures"
+
+
+def kept(pictures: Path) -> dict[int, tuple[np.ndarray, str]]:
+    """By number, the pictures and their captions."""
+    found = {}
+    for path in pictures.rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                if name.endswith(".png"):
+                    stem = name.removesuffix(".png")
+                    image = np.asarray(Image.open(tar.extractfile(name)), dtype=int)  # type: ignore[arg-type]
+                    caption = tar.extractfile(f"{stem}.txt").read().decode()  # type: ignore[union-attr]
+                    found[int(stem)] = image, caption
+    return found
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_classes_are_those_of_samples(home: Path, given: bool, capsys):
+    """The first shape that a caption names is the sample's class: `millrace sample` draws the same of it."""
+    run = trained(home, "imagenet")
+    reference = [f"reference={home}/others"] if given else []
+    status, pictures = evaluated(home, f"classes_{given}", f"source={run}", "samples=8", *reference)
+    assert status == 0, capsys.readouterr().err
+    drawn = kept(pictures)
+    assert sorted(drawn) == list(range(8)) and len({caption.split()[0] for _, caption in drawn.values()}) > 1
+    for number, (image, caption) in list(drawn.items())[:3]:
+        label = NAMES.index(caption.split()[0])
+        others = [other for other in (1, 2, 3) if other != label]
+        out = home / "out"
+        classes = f"fields.class=[{label},{others[0]}]"
+        assert cli.execute(["sample", f"source={run}", classes, f"seed={number}", f"out={out}"]) == 0
+        same, another = (np.asarray(Image.open(out / f"0000{i}.png"), dtype=int) for i in (0, 1))
+        assert np.abs(image - same).max() <= 1 < np.abs(image - another).max()
+
+
+@pytest.mark.parametrize("task", ["layout_openimages", "semantic", "super_resolution", "inpainting"])
+def test_boxes_maps_and_pictures_are_those_of_samples(home: Path, task: str, capsys):
+    run = trained(home, task)
+    status, pictures = evaluated(home, f"of_{task}", f"source={run}", f"reference={home}/others", "samples=14")
+    assert status == 0, capsys.readouterr().err
+    drawn = kept(pictures)
+    assert len(drawn) == 14 and drawn[0][1] == drawn[12][1] != ""  # of 12 samples
+    (row,) = json.loads((home / "runs" / f"of_{task}" / "evaluation.json").read_text())
+    assert row["samples"] == 14 and row["fid_random_stand_in"] > 0
+
+
+def test_nothing_is_asked_of_an_unconditional_model(home: Path, tmp_path: Path):
+    run = trained(home, "celebahq")
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(8), sigma=np.eye(8))
+    given = [f"source={run}", f"reference={tmp_path}/statistics.npz", "samples=5"]
+    status, pictures = evaluated(home, "unconditional", *given)
+    assert status == 0 and len(kept(pictures)) == 5
+
+
+def test_what_is_missing_is_named(home: Path, tmp_path: Path, capsys):
+    run = trained(home, "imagenet", "name=all", "data.holdout=0")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    for more, told in [
+        (["prompts=[a cat]", f"reference={home}/others"], "reads class of samples, and no captions"),
+        ([f"reference={folder}"], "reads class of samples; give tars of such samples"),
+    ]:
+        assert evaluated(home, "missing", f"source={run.parent}/all", *more)[0] == 2
+        assert told in capsys.readouterr().err
