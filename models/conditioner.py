@@ -355,6 +355,10 @@ class Conditioner(nn.Module):
         """What is kept for an unconditional prediction, (n, parts) bool: sizes and maps, but no encoder."""
         return (torch.arange(self.parts) >= self.encoders).expand(n, -1)
 
+    def bare(self, n: int) -> Tensor:
+        """The same without maps: sizes alone, (n, parts) bool."""
+        return (torch.arange(self.parts) < self.parts - len(self.maps)) & self.unconditional(n)
+
     def forward(self, given: Given, keep: Tensor | None = None) -> dict[str, Tensor]:
         """Conditions of n samples, float32.
 

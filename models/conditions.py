@@ -7,6 +7,8 @@ and maps that are laid beside the noisy latent.
     inpainting           the latent of the picture without its hole, and where the hole is
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -94,15 +96,21 @@ class PictureMap(ConditionMap):
         field: of the samples, with pictures (n, 3, H, W) uint8.
         channels: 3 for pixels, which are averaged down to the latent's size; the first stage's for latents.
         encode: whether the first stage encodes it.
+        scaled: whether latents are scaled like those that are denoised. Models that edit Stable Diffusion's pictures
+            read them unscaled (InstructPix2Pix, arXiv 2211.09800).
     """
 
-    def __init__(self, field: str, channels: int = 3, encode: bool = False) -> None:
+    def __init__(self, field: str, channels: int = 3, encode: bool = False, scaled: bool = True) -> None:
         super().__init__()
-        self.reads, self.channels, self.encode = (field,), channels, encode
+        self.reads, self.channels, self.encode, self.scaled = (field,), channels, encode, scaled
 
     def forward(self, given: Given) -> Tensor:
         pixels = given.read(self.reads[0]).float() / 127.5 - 1
-        return _encoded(pixels, given, self.channels) if self.encode else _averaged(pixels, given)
+        if not self.encode:
+            return _averaged(pixels, given)
+        latent = _encoded(pixels, given, self.channels)
+        assert given.first_stage is not None
+        return latent if self.scaled else given.first_stage.unscaled(latent)
 
 
 class LowResolution(ConditionMap):
@@ -154,25 +162,27 @@ class LowResolution(ConditionMap):
 
 
 class MaskedPicture(ConditionMap):
-    """What inpainting starts from: the latent of the picture with its hole in black, and a mask of -1, and 1 in the
-    hole, scaled down to the latent's size without smoothing.
+    """What inpainting starts from: the latent of the picture without its hole, and where the hole is, scaled down to
+    the latent's size without smoothing.
 
     Args:
         latent_channels: of the first stage.
         field: of the samples, with masks (n, H, W), true in the hole.
+        form: "ldm": the latent of a picture with its hole in black, then a mask of -1, and 1 in the hole. "sd", Stable
+            Diffusion's inpainting models: a mask of 0, and 1 in the hole, then the latent of one with its hole in grey.
     """
 
-    def __init__(self, latent_channels: int = 3, field: str = "mask") -> None:
+    def __init__(self, latent_channels: int = 3, field: str = "mask", form: Literal["ldm", "sd"] = "ldm") -> None:
         super().__init__()
-        self.reads, self.channels, self.field = ("images", field), latent_channels + 1, field
+        self.reads, self.channels, self.field, self.form = ("images", field), latent_channels + 1, field, form
 
     def forward(self, given: Given) -> Tensor:
         images, mask = given.images, given.read(self.field)[:, None]
         assert images is not None
-        pixels = (images / 127.5 - 1).where(~mask, -1.0)
+        pixels = (images / 127.5 - 1).where(~mask, -1.0 if self.form == "ldm" else 0.0)
         latent = _encoded(pixels, given, self.channels - 1)
-        hole = interpolate(mask.float(), size=latent.shape[2:], mode="nearest") * 2 - 1
-        return torch.cat([latent, hole], dim=1)
+        hole = interpolate(mask.float(), size=latent.shape[2:], mode="nearest")
+        return torch.cat([latent, hole * 2 - 1] if self.form == "ldm" else [hole, latent], dim=1)
 
 
 def _size(given: Given) -> tuple[int, int]:

@@ -42,6 +42,10 @@ class FirstStage(nn.Module, ABC):
         """The shape of one latent of an image of H x W."""
         return self.channels, height // self.downsampling, width // self.downsampling
 
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as they are before they are shifted and scaled."""
+        return latents
+
 
 class Identity(FirstStage):
     """Pixels: the denoiser sees the images themselves."""
@@ -129,8 +133,11 @@ class AutoencoderFirstStage(FirstStage):
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `FirstStage.decode`. Runs in the parameters' type."""
-        latents = latents.float() / self.scaling_factor + self.shift_factor
-        return self.autoencoder.decode(latents.to(self._dtype)).float()
+        return self.autoencoder.decode(self.unscaled(latents.float()).to(self._dtype)).float()
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """See `FirstStage.unscaled`."""
+        return latents / self.scaling_factor + self.shift_factor
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill one parameter, from the folder if there is one.

@@ -70,22 +70,18 @@ class Cosine(NoisePath):
         return torch.atan(torch.exp(-log_snr / 2)) * (2 / math.pi)
 
 
-class ScaledLinear(NoisePath):
-    """LDM's "linear" schedule: the diffusion rates are beta_i = linspace(sqrt(beta_start), sqrt(beta_end))^2.
+class Discrete(NoisePath):
+    """A path of discrete steps, each of which replaces a share beta_i of the signal's power by noise.
 
     The discrete step i of `steps` stands at t = (i + 1) / steps, and the network is told i. Between steps
     log(alpha^2) is interpolated linearly; t = 0 is the clean image. The path ends before pure noise: alpha_1 > 0.
 
     Args:
-        beta_start, beta_end: first and last rate; 0.00085 and 0.012 in LDM's text-to-image model and Stable Diffusion.
-        steps: number of discrete steps.
+        betas: (steps,) float64.
     """
 
-    def __init__(self, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000):
-        if not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-        self.steps = steps
-        betas = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), steps, dtype=torch.float64) ** 2
+    def __init__(self, betas: Tensor):
+        self.steps = len(betas)
         # log(alpha^2) at t = 0, 1/steps, ..., 1: float64, as 1 - alpha^2 cancels near t = 0.
         self._log_alpha2 = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
 
@@ -113,6 +109,51 @@ class ScaledLinear(NoisePath):
         position = t.double() * self.steps
         left = position.floor().clamp(0, self.steps - 1).long()
         return torch.lerp(table[left], table[left + 1], position - left)
+
+
+class ScaledLinear(Discrete):
+    """LDM's "linear" schedule: the diffusion rates are beta_i = linspace(sqrt(beta_start), sqrt(beta_end))^2.
+
+    Args:
+        beta_start, beta_end: first and last rate; 0.00085 and 0.012 in LDM's text-to-image model and Stable Diffusion.
+        steps: number of discrete steps.
+    """
+
+    def __init__(self, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000):
+        _check_rates(beta_start, beta_end)
+        super().__init__(torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2)
+
+
+class Linear(Discrete):
+    """DDPM's linear schedule (arXiv 2006.11239): beta_i = linspace(beta_start, beta_end).
+
+    Args:
+        beta_start, beta_end: first and last rate.
+        steps: number of discrete steps.
+    """
+
+    def __init__(self, beta_start: float = 0.0001, beta_end: float = 0.02, steps: int = 1000):
+        _check_rates(beta_start, beta_end)
+        super().__init__(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64))
+
+
+class SquaredCosine(Discrete):
+    """The cosine schedule in steps, with its offset and its cap (Nichol & Dhariwal, arXiv 2102.09672, eq. 17): alpha^2
+    is cos(pi / 2 (t + 0.008) / 1.008)^2, and no rate is above 0.999.
+
+    Args:
+        steps: number of discrete steps.
+    """
+
+    def __init__(self, steps: int = 1000):
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        kept = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        super().__init__((1 - kept[1:] / kept[:-1]).clamp(max=0.999))
+
+
+def _check_rates(beta_start: float, beta_end: float) -> None:
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
 
 
 class ZeroTerminalSNR(NoisePath):

@@ -11,6 +11,9 @@ from models.pretrained import CLASSES, ComponentFolder
 Node = dict[str, Any]
 """A part of a config: `_target_` and the arguments of what it builds."""
 
+# InstructPix2Pix, and the field of samples with the picture that it edits.
+EDITING, EDITED = "StableDiffusionInstructPix2PixPipeline", "original"
+
 
 def config_of(folder: PipelineFolder) -> dict[str, Node]:
     """ "model", "first_stage", "conditioner", "process" and "sampler" of a Stable Diffusion 1, 2, XL, refiner or 3
@@ -78,8 +81,26 @@ def _conditioner(encoders: list[Node], dropped: str, **more: Any) -> Node:
     return {"_target_": "models.conditioner.Conditioner", "encoders": encoders, "dropped": dropped, **more}
 
 
+def _maps(folder: PipelineFolder, model: Node) -> dict[str, Any]:
+    """What lies beside the latent, which the number of its channels tells: a masked picture, or one to edit.
+
+    Raises:
+        ValueError: something else.
+    """
+    channels, beside = model["out_channels"], model.get("concat_channels", 0)
+    if not beside:
+        return {}
+    if beside == channels + 1:
+        masked = {"latent_channels": channels, "field": "mask", "form": "sd"}
+        return {"maps": [{"_target_": "models.conditions.MaskedPicture", **masked}]}
+    if beside == channels and folder.kind == EDITING:
+        latent = {"field": EDITED, "channels": channels, "encode": True, "scaled": False}
+        return {"maps": [{"_target_": "models.conditions.PictureMap", **latent}]}
+    raise ValueError(f"{folder.path}: {folder.kind} with {beside} channels beside its latent is not implemented")
+
+
 def _sd(folder: PipelineFolder, model: Node) -> Node:
-    return _conditioner([_clip(folder, "", "last", pooled=False)], "empty")
+    return _conditioner([_clip(folder, "", "last", pooled=False)], "empty", **_maps(folder, model))
 
 
 def _sdxl(folder: PipelineFolder, model: Node) -> Node:
@@ -88,7 +109,8 @@ def _sdxl(folder: PipelineFolder, model: Node) -> Node:
     if folder.index.get("requires_aesthetics_score", False):
         sizes["aesthetic"] = "aesthetic_score"
     dropped = "zeros" if folder.index.get("force_zeros_for_empty_prompt", True) else "empty"
-    return _conditioner([*encoders, _clip(folder, "_2", "penultimate", pooled=True)], dropped, sizes=sizes)
+    encoders.append(_clip(folder, "_2", "penultimate", pooled=True))
+    return _conditioner(encoders, dropped, sizes=sizes, **_maps(folder, model))
 
 
 def _sd3(folder: PipelineFolder, model: Node) -> Node:
@@ -108,6 +130,7 @@ _CONDITIONERS: Mapping[str, Callable[[PipelineFolder, Node], Node]] = {
     "StableDiffusionPipeline": _sd,
     "StableDiffusionImg2ImgPipeline": _sd,
     "StableDiffusionInpaintPipeline": _sd,
+    EDITING: _sd,
     "StableDiffusionXLPipeline": _sdxl,
     "StableDiffusionXLImg2ImgPipeline": _sdxl,
     "StableDiffusionXLInpaintPipeline": _sdxl,
@@ -119,6 +142,7 @@ _CONDITIONERS: Mapping[str, Callable[[PipelineFolder, Node], Node]] = {
 # Schedulers
 
 PREDICTIONS = {"epsilon": "Noise", "v_prediction": "V", "sample": "Image"}
+BETA_SCHEDULES = {"scaled_linear": "ScaledLinear", "linear": "Linear", "squaredcos_cap_v2": "SquaredCosine"}
 
 
 def process_node(scheduler: Mapping[str, Any]) -> Node:
@@ -129,28 +153,29 @@ def process_node(scheduler: Mapping[str, Any]) -> Node:
     """
     kind = scheduler.get("_class_name", "")
     if kind.startswith("FlowMatch"):
-        return _process("RectifiedFlow", {}, "Velocity", "LogitNormal", scheduler.get("shift", 1.0))
+        straight = {"_target_": "models.schedules.RectifiedFlow"}
+        return _process(straight, "Velocity", "LogitNormal", scheduler.get("shift", 1.0))
     schedule = scheduler.get("beta_schedule", "linear")
-    if schedule != "scaled_linear":
-        raise ValueError(f"scheduler: beta_schedule {schedule!r} of {kind} is not implemented")
-    for key in ("rescale_betas_zero_snr", "trained_betas"):
-        if scheduler.get(key):
-            raise ValueError(f"scheduler: {key}={scheduler[key]} of {kind} is not implemented")
+    if schedule not in BETA_SCHEDULES:
+        raise ValueError(f"scheduler: beta_schedule {schedule!r} of {kind} is none of {', '.join(BETA_SCHEDULES)}")
+    if scheduler.get("trained_betas"):
+        raise ValueError(f"scheduler: trained_betas of {kind} is not implemented")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(f"scheduler: prediction_type {prediction!r} is none of {', '.join(PREDICTIONS)}")
-    path = {
-        "beta_start": scheduler.get("beta_start", 0.0001),
-        "beta_end": scheduler.get("beta_end", 0.02),
-        "steps": scheduler.get("num_train_timesteps", 1000),
-    }
-    return _process("ScaledLinear", path, PREDICTIONS[prediction], "Uniform")
+    steps = scheduler.get("num_train_timesteps", 1000)
+    rates = {"beta_start": scheduler.get("beta_start", 0.0001), "beta_end": scheduler.get("beta_end", 0.02)}
+    path = {"_target_": f"models.schedules.{BETA_SCHEDULES[schedule]}", "steps": steps}
+    path |= rates if schedule != "squaredcos_cap_v2" else {}
+    if scheduler.get("rescale_betas_zero_snr"):
+        path = {"_target_": "models.schedules.ZeroTerminalSNR", "of": path, "steps": steps}
+    return _process(path, PREDICTIONS[prediction], "Uniform")
 
 
-def _process(path: str, options: Node, parameterization: str, density: str, shift: float = 1.0) -> Node:
+def _process(path: Node, parameterization: str, density: str, shift: float = 1.0) -> Node:
     return {
         "_target_": "models.process.Process",
-        "path": {"_target_": f"models.schedules.{path}", **options},
+        "path": path,
         "parameterization": {"_target_": f"models.parameterizations.{parameterization}"},
         "density": {"_target_": f"models.densities.{density}"},
         "weight": {"_target_": "models.weighting.Unweighted"},
@@ -158,11 +183,12 @@ def _process(path: str, options: Node, parameterization: str, density: str, shif
     }
 
 
-_SAMPLERS = {
-    "PNDMScheduler": "PLMS",
-    "DDIMScheduler": "DDIM",
-    "EulerDiscreteScheduler": "Euler",
-    "DPMSolverMultistepScheduler": "DPMSolverPP2M",
+_SAMPLERS: Mapping[str, tuple[str, Node]] = {
+    "PNDMScheduler": ("PLMS", {}),
+    "DDIMScheduler": ("DDIM", {}),
+    "EulerDiscreteScheduler": ("Euler", {}),
+    "EulerAncestralDiscreteScheduler": ("DDIM", {"eta": 1.0}),
+    "DPMSolverMultistepScheduler": ("DPMSolverPP2M", {}),
 }
 
 
@@ -176,7 +202,7 @@ def sampler_node(scheduler: Mapping[str, Any], steps: int = 50) -> Node:
         last = shift / (1000 + shift - 1)
         grid = {"_target_": "models.samplers.UniformTimes", "last": last}
         return {"_target_": "models.samplers.Euler", "steps": steps, "grid": grid}
-    default = "linspace" if kind in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler") else "leading"
+    default = "leading" if kind in ("PNDMScheduler", "DDIMScheduler") else "linspace"
     to_image = (
         True if kind not in ("PNDMScheduler", "DDIMScheduler") else scheduler.get("set_alpha_to_one", kind[0] == "D")
     )
@@ -187,4 +213,5 @@ def sampler_node(scheduler: Mapping[str, Any], steps: int = 50) -> Node:
         "train_steps": scheduler.get("num_train_timesteps", 1000),
         "to_image": to_image,
     }
-    return {"_target_": f"models.samplers.{_SAMPLERS.get(kind, 'Euler')}", "steps": steps, "grid": grid}
+    sampler, options = _SAMPLERS.get(kind, ("Euler", {}))
+    return {"_target_": f"models.samplers.{sampler}", "steps": steps, **options, "grid": grid}

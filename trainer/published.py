@@ -1,27 +1,38 @@
 """What of a run diffusers has classes for: its pipeline, its scheduler, and what has no counterpart there."""
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from models.conditioner import AbsentEncoder, Conditioner, Encoder
+from models import schedules
+from models.conditioner import AbsentEncoder, Conditioner, ConditionMap, Encoder
+from models.conditions import MaskedPicture, PictureMap
 from models.text import ClipEncoder, T5Encoder
-from trainer.pipelines import PREDICTIONS
+from trainer.pipelines import BETA_SCHEDULES, EDITING, PREDICTIONS
 
 # Pipelines by diffusers' class: components of the text encoders, in the conditioner's order.
 TEXT_ENCODERS = {
     "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionInpaintPipeline": ("text_encoder",),
+    EDITING: ("text_encoder",),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+    "StableDiffusionXLInpaintPipeline": ("text_encoder", "text_encoder_2"),
     "StableDiffusionXLImg2ImgPipeline": ("text_encoder_2",),
     "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2", "text_encoder_3"),
 }
 _NONE = [None, None]
+_SD = {
+    **{"safety_checker": _NONE, "feature_extractor": _NONE, "image_encoder": _NONE},
+    "requires_safety_checker": False,
+}
 # What else stands in model_index.json.
 INDEX: Mapping[str, Mapping[str, Any]] = {
-    "StableDiffusionPipeline": {
-        **{"safety_checker": _NONE, "feature_extractor": _NONE, "image_encoder": _NONE},
-        "requires_safety_checker": False,
-    },
+    **{"StableDiffusionPipeline": _SD, "StableDiffusionInpaintPipeline": _SD, EDITING: _SD},
     "StableDiffusionXLPipeline": {"feature_extractor": _NONE, "image_encoder": _NONE},
+    "StableDiffusionXLInpaintPipeline": {
+        **{"feature_extractor": _NONE, "image_encoder": _NONE},
+        "requires_aesthetics_score": False,
+    },
     "StableDiffusionXLImg2ImgPipeline": {
         **{"feature_extractor": _NONE, "image_encoder": _NONE, "text_encoder": _NONE, "tokenizer": _NONE},
         "requires_aesthetics_score": True,
@@ -32,9 +43,12 @@ INDEX: Mapping[str, Mapping[str, Any]] = {
 
 def pipeline_of(denoiser: Any, conditioner: Any) -> tuple[str | None, str]:
     """diffusers' pipeline for a denoiser under a conditioner; None, and why, where there is none."""
-    if not isinstance(conditioner, Conditioner) or conditioner.learned or len(conditioner.map_list()):
+    if not isinstance(conditioner, Conditioner) or conditioner.learned:
         return None, f"{type(conditioner).__name__} makes conditions that no pipeline of diffusers knows"
-    encoders, sizes = conditioner.numbered(), conditioner.sizes
+    encoders, sizes, maps = conditioner.numbered(), conditioner.sizes, conditioner.map_list()
+    beside = _beside(maps[0]) if len(maps) == 1 else "nothing" if not maps else None
+    if beside is None:
+        return None, f"diffusers has no pipeline of {', '.join(type(one).__name__ for one in maps)} beside the latent"
     kind, count = getattr(denoiser, "diffusers_class", None), len(encoders)
     clips = [one for one in encoders if isinstance(one, ClipEncoder)]
     if kind == "SD3Transformer2DModel" and sizes is None and _are_sd3(encoders):
@@ -42,13 +56,24 @@ def pipeline_of(denoiser: Any, conditioner: Any) -> tuple[str | None, str]:
     if kind == "UNet2DConditionModel" and len(clips) == count:
         layers = [(one.layer, one.pooled_width > 0) for one in clips]
         if sizes is None and layers == [("last", False)]:
-            return "StableDiffusionPipeline", ""
-        if sizes is not None and sizes.aesthetic is None and layers == [("penultimate", False), ("penultimate", True)]:
-            return "StableDiffusionXLPipeline", ""
-        if sizes is not None and sizes.aesthetic is not None and layers == [("penultimate", True)]:
+            return {"nothing": "StableDiffusionPipeline", "hole": "StableDiffusionInpaintPipeline"}.get(
+                beside, EDITING
+            ), ""
+        of_base = sizes is not None and sizes.aesthetic is None and beside != "picture"
+        if of_base and layers == [("penultimate", False), ("penultimate", True)]:
+            return "StableDiffusionXLPipeline" if beside == "nothing" else "StableDiffusionXLInpaintPipeline", ""
+        of_refiner = sizes is not None and sizes.aesthetic is not None and beside == "nothing"
+        if of_refiner and layers == [("penultimate", True)]:
             return "StableDiffusionXLImg2ImgPipeline", ""
     names = ", ".join(type(one).__name__ for one in encoders) or "no encoder"
     return None, f"diffusers has no pipeline of {kind or type(denoiser).__name__} under {names}"
+
+
+def _beside(one: ConditionMap) -> Literal["hole", "picture"] | None:
+    """What of Stable Diffusion's inpainting and editing models a map is."""
+    if isinstance(one, MaskedPicture) and one.form == "sd":
+        return "hole"
+    return "picture" if isinstance(one, PictureMap) and one.encode and not one.scaled else None
 
 
 def _are_sd3(encoders: Sequence[Encoder]) -> bool:
@@ -73,15 +98,21 @@ def scheduler_of(process: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
         shift = process.get("shift", 1.0)
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
     by_prediction = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    if kind != "ScaledLinear" or predicts not in by_prediction:
+    by_path = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}
+    rescaled = kind == "ZeroTerminalSNR"
+    if rescaled:
+        path = path["of"]
+        kind = path["_target_"].rpartition(".")[2]
+    if kind not in by_path or predicts not in by_prediction:
         raise ValueError(f"process: diffusers has no scheduler for {predicts} on the path {kind}")
+    own = inspect.signature(getattr(schedules, kind)).parameters
     betas = {
-        "num_train_timesteps": path.get("steps", 1000),
-        "beta_schedule": "scaled_linear",
-        "beta_start": path.get("beta_start", 0.00085),
-        "beta_end": path.get("beta_end", 0.012),
+        "num_train_timesteps": path.get("steps", own["steps"].default),
+        "beta_schedule": by_path[kind],
+        **{key: path.get(key, own[key].default) for key in ("beta_start", "beta_end") if key in own},
         "prediction_type": by_prediction[predicts],
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if rescaled else "leading",  # which begins at pure noise
+        "rescale_betas_zero_snr": rescaled,
         "steps_offset": 1,
     }
     if "XL" in pipeline:

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from conf.errors import ConfigError
 from conf.schema import build
-from models.conditions import MaskedPicture
+from models.conditions import MaskedPicture, PictureMap
 from models.guidance import Guidance
-from models.lora import Adapter
 from models.samplers import Course, Sampler
 from trainer.distributed import Cluster, joined
 from trainer.engines.networks import prepare_frozen
-from trainer.loading import Loaded, load_model
+from trainer.loading import Loaded, load_model, merge_adapters
 from trainer.sample_conditions import ConditionReader, asked_for, map_of, size_of
 from trainer.sampling import OwnSampler, Picture, decode, draw_latents, grid, save_png, share_work
 
@@ -66,11 +65,10 @@ def run(config: Any) -> None:
     """Draw every prompt; write `<out>/<number>.png` and `<out>/grid.png`, each with its prompts and seeds inside."""
     loaded = load_model(config.source, config.average)
     for folder in config.adapters:
-        Adapter.load(folder).merge_into(loaded.networks["denoiser"], config.adapter_scale)
+        merge_adapters(folder, loaded, config.adapter_scale)
     refiner = load_model(config.refiner) if config.refiner is not None else None
+    config = _as_condition(config, loaded)
     strength = _strength(config)
-    if config.image is not None and config.mask is not None and map_of(loaded.networks["conditioner"], MaskedPicture):
-        config = _as_condition(config)  # the picture is no start: it is what the network reads
     asked = asked_for(config, loaded)
     size = size_of(config, loaded, asked)
     given = ConditionReader(config, loaded, size)
@@ -125,21 +123,33 @@ def sampler_of(chosen: Sampler | OwnSampler, loaded: Loaded) -> Sampler:
 
 
 def _strength(config: Any) -> float | None:
-    """The share of the steps to take with a picture to change.
-
-    Raises:
-        ConfigError: there is none to change.
-    """
+    """The share of the steps to take with a picture to change."""
     if config.image is None:
-        for key in ("strength", "mask"):
-            if config[key] is not None:
-                raise ConfigError(f"{key}: there is no picture to change; give image=<path>.")
         return None
     return _STRENGTH if config.strength is None and config.mask is None else config.strength
 
 
-def _as_condition(config: Any) -> Any:
-    """The config with a picture to change, and the mask of what to draw anew, as conditions."""
-    fields = {**config.fields, "mask": [config.mask]}
-    own = {"images": [config.image], "fields": fields, "image": None, "mask": None}
-    return OmegaConf.create({**config, **own})
+def _as_condition(config: Any, loaded: Loaded) -> Any:
+    """The config with a picture to change, and the mask of what to draw anew, as what the network reads, if it reads
+    any. Then it is no start, too, unless a strength is asked for, or a mask that the network does not read.
+
+    Raises:
+        ConfigError: there is no picture to change; an inpainting model lacks it, or the mask.
+    """
+    for key in ("strength", "mask"):
+        if config.image is None and config[key] is not None:
+            raise ConfigError(f"{key}: there is no picture to change; give image=<path>.")
+    fields, images, mask = dict(config.fields), list(config.images), config.mask
+    if (masked := map_of(loaded.networks["conditioner"], MaskedPicture)) is not None:
+        if config.image is not None and config.mask is not None:
+            images, fields[masked.field], mask = [config.image], [config.mask], None
+        elif config.image is not None or not images or masked.field not in fields:
+            raise ConfigError("image: this is an inpainting model: give image=a.png mask=m.png, white where it draws.")
+    elif (edited := map_of(loaded.networks["conditioner"], PictureMap)) is None or edited.reads[0] in fields:
+        return config
+    elif config.image is None:
+        raise ConfigError(f"image: the model reads a picture, {edited.reads[0]!r}: give image=a.png.")
+    else:
+        fields[edited.reads[0]] = [config.image]
+    start = config.image if config.strength is not None or mask is not None else None
+    return OmegaConf.create({**config, "fields": fields, "images": images, "image": start, "mask": mask})

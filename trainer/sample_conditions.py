@@ -12,7 +12,7 @@ from data.decode import Decoded, DecodeError, decode_image
 from data.fields import Field, Mask, Number
 from data.fields import Picture as PictureField
 from models.conditioner import Conditioner, ConditionMap
-from models.conditions import LowResolution
+from models.conditions import LowResolution, MaskedPicture, PictureMap
 from trainer.loading import Loaded
 from trainer.sampling import Picture
 
@@ -86,6 +86,10 @@ class ConditionReader:
         if (map_ := map_of(loaded.networks["conditioner"], LowResolution)) is not None:
             self._fields |= {map_.field: PictureField(""), map_.level_field: Number(member="")}
             self._targets[map_.field] = (size[0] // map_.factor, size[1] // map_.factor)
+        if (edited := map_of(loaded.networks["conditioner"], PictureMap)) is not None:
+            self._fields.setdefault(edited.reads[0], PictureField(""))
+        if (masked := map_of(loaded.networks["conditioner"], MaskedPicture)) is not None:
+            self._fields.setdefault(masked.field, Mask(""))
         sizes = getattr(loaded.networks["conditioner"], "sizes", None)
         if sizes is not None and sizes.aesthetic is not None:
             self._fields.setdefault(sizes.aesthetic, Number(member=""))

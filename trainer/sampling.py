@@ -146,23 +146,22 @@ def draw_latents(
         pictures: of one size, and alike in what they come with.
         course: which steps to take, and from what. Pictures to change are put into it.
     """
-    first_stage, conditioner = networks["first_stage"], networks["conditioner"]
-    shape = first_stage.latent_shape(pictures[0].height, pictures[0].width)  # type: ignore[operator]
+    first_stage: Any = networks["first_stage"]
+    conditioner: Any = networks["conditioner"]
+    shape = first_stage.latent_shape(pictures[0].height, pictures[0].width)
     given = given_of(pictures, first_stage, device)
     if not conditioner.encoders:  # nothing is left out of the unconditional prediction
         guidance = Guidance()
     conditions = conditioner(given)
-    null_conditions = _null_conditions(conditioner, given, pictures) if guidance.scale != 1 else None
+    null_conditions = _null_conditions(conditioner, given, pictures) if guidance.acts else None
+    bare_conditions = conditioner(given, conditioner.bare(len(pictures))) if guidance.picture_scale != 1 else None
     seeds = [p.seed for p in pictures]
 
     def noise(purpose: str, step: int) -> Tensor:
         return SamplingDraws(seeds, step).normal(f"sampling/{purpose}", shape, device)
 
-    course, beside = _with_starts(course or Course(), pictures, networks, device)
-    for told in (conditions, null_conditions):
-        if told is not None and beside is not None:
-            told["concat"] = beside
-    denoise = denoiser(networks["denoiser"], process, conditions, null_conditions, guidance)
+    course = _with_starts(course or Course(), pictures, first_stage, device)
+    denoise = denoiser(networks["denoiser"], process, conditions, null_conditions, guidance, bare_conditions)
     return sampler.sample(denoise, process, noise, course)
 
 
@@ -177,32 +176,19 @@ def _null_conditions(conditioner: Any, given: Given, pictures: Sequence[Picture]
     return conditioner(replace(given, captions=[p.negative or "" for p in pictures]))
 
 
-def _with_starts(
-    course: Course, pictures: Sequence[Picture], networks: Mapping[str, nn.Module], device: torch.device
-) -> tuple[Course, Tensor | None]:
-    """The course from the pictures that are to be changed; and what an inpainting network reads beside the latent: the
-    mask, and the latent of what is kept (Stable Diffusion's inpainting models)."""
-    denoiser, first_stage = networks["denoiser"], networks["first_stage"]
-    channels: int = first_stage.channels  # type: ignore[assignment]
-    told_masks = getattr(denoiser, "config", {}).get("concat_channels", 0) == channels + 1
-    told_masks = told_masks and networks["conditioner"].concat_channels == 0
+def _with_starts(course: Course, pictures: Sequence[Picture], first_stage: Any, device: torch.device) -> Course:
+    """The course from the pictures that are to be changed."""
     starts = [p.start for p in pictures if p.start is not None]
     if not starts:
-        if told_masks:
-            raise ValueError("this is an inpainting model: give it an image, and a mask of what to draw anew")
-        return course, None
+        return course
     assert len(starts) == len(pictures), "some pictures are to be changed, and some begin with noise"
     images = torch.stack(starts).to(device).float() / 127.5 - 1
-    latents = first_stage.encode(images)  # type: ignore[operator]
+    latents = first_stage.encode(images)
+    if all(p.mask is None for p in pictures):
+        return replace(course, image=latents)
     whole = torch.ones(images.shape[-2:], dtype=torch.bool)
     masks = torch.stack([whole if p.mask is None else p.mask for p in pictures])[:, None].to(device).float()
-    small = F.interpolate(masks, size=latents.shape[-2:])
-    if told_masks:
-        kept = first_stage.encode(images * (1 - masks))  # type: ignore[operator]
-        # Without a strength, all is drawn from noise: the network is told what stays.
-        return (course if course.strength is None else replace(course, image=latents)), torch.cat([small, kept], dim=1)
-    keep = None if all(p.mask is None for p in pictures) else small < 0.5
-    return replace(course, image=latents, keep=keep), None
+    return replace(course, image=latents, keep=F.interpolate(masks, size=latents.shape[-2:]) < 0.5)
 
 
 @dataclass(frozen=True)

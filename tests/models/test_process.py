@@ -17,9 +17,11 @@ from models.process import Process
 from models.schedules import (
     EDM,
     Cosine,
+    Linear,
     NoisePath,
     RectifiedFlow,
     ScaledLinear,
+    SquaredCosine,
     VarianceExploding,
     ZeroTerminalSNR,
 )
@@ -31,6 +33,8 @@ PATHS = {
     "rectified flow": RectifiedFlow(),
     "cosine": Cosine(),
     "linear": ScaledLinear(),
+    "DDPM's linear": Linear(),
+    "squared cosine": SquaredCosine(),
     "zero terminal SNR": ZeroTerminalSNR(ScaledLinear()),
     "edm": EDM(),
     "exploding": VarianceExploding(Cosine()),
@@ -90,14 +94,21 @@ def test_resolution_shift_of_rectified_flow_is_the_papers_formula_and_keeps_the_
     torch.testing.assert_close(NoisePath.shift(RectifiedFlow(), t, ratio), RectifiedFlow().shift(t, ratio))
 
 
-def test_linear_schedule_equals_diffusers_at_every_step():
+@pytest.mark.parametrize(
+    ("path", "betas"),
+    [
+        (ScaledLinear(0.00085, 0.012), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        (Linear(), {"beta_schedule": "linear"}),
+        (SquaredCosine(), {"beta_schedule": "squaredcos_cap_v2"}),
+    ],
+)
+def test_schedules_of_steps_equal_diffusers_at_every_step(path, betas):
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    path = ScaledLinear(0.00085, 0.012)
+    scheduler = DDIMScheduler(**betas)
     t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
     alpha, sigma = path.alpha_sigma(t)
-    torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod.double(), rtol=2e-5, atol=0)
+    torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod.double(), rtol=1e-4, atol=0)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
     torch.testing.assert_close(path.network_time(t), torch.arange(1000, dtype=torch.float64))
 

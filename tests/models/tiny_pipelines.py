@@ -19,6 +19,16 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
         **_BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
     ),
     "euler": lambda: diffusers.EulerDiscreteScheduler(**_BETAS, timestep_spacing="leading"),
+    "linear": lambda: diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1),
+    "cosine": lambda: diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, steps_offset=1),
+    "zero_snr": lambda: diffusers.DDIMScheduler(
+        **_BETAS,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ),
     "flow": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
 }
 
@@ -87,11 +97,12 @@ def _text(folder: Path, number: str, kind: Any) -> dict[str, Any]:
     }
 
 
-def sd1(folder: Path, scheduler: str = "pndm", **options: Any) -> Path:
-    """Stable Diffusion 1; with `use_linear_projection` and several heads, 2. `in_channels=9`: the inpainting model."""
+def sd1(folder: Path, scheduler: str = "pndm", kind: str = "StableDiffusionPipeline", **options: Any) -> Path:
+    """Stable Diffusion 1; with `use_linear_projection` and several heads, 2. `in_channels=9`: the inpainting model, 8:
+    one that edits."""
     torch.manual_seed(0)
     save_clip(folder / "parts", "", width=8, projection=8, act="quick_gelu")
-    pipeline = diffusers.StableDiffusionPipeline(
+    pipeline = getattr(diffusers, kind)(
         unet=unet(8, **options),
         vae=autoencoder(),
         scheduler=SCHEDULERS[scheduler](),
@@ -119,6 +130,16 @@ def sdxl(folder: Path, scheduler: str = "euler") -> Path:
     )
     pipeline.save_pretrained(folder / "sdxl")
     return folder / "sdxl"
+
+
+def inpainting(folder: Path) -> Path:
+    """Stable Diffusion 1's inpainting model."""
+    return sd1(folder, "ddim", "StableDiffusionInpaintPipeline", in_channels=9)
+
+
+def editing(folder: Path) -> Path:
+    """InstructPix2Pix."""
+    return sd1(folder, "ddim", "StableDiffusionInstructPix2PixPipeline", in_channels=8)
 
 
 def refiner(folder: Path, scheduler: str = "euler") -> Path:

@@ -3,16 +3,20 @@
 import torch
 from torch import Tensor, nn
 
+from conf.compose import compose
+from conf.schema import build
 from data.batch import Batch
 from data.draws import slice_draws
 from models.conditioner import Conditioner
 from models.densities import Uniform
 from models.first_stage import Identity
 from models.guidance import Guidance
+from models.initialization import initialize
 from models.parameterizations import Noise
 from models.process import Process
 from models.samplers import Euler
 from models.schedules import ScaledLinear
+from models.unet import UNet
 from models.weighting import Unweighted
 from trainer.objectives.diffusion import Diffusion
 
@@ -64,6 +68,29 @@ def test_absolute_and_squared_errors():
         x_t, timestep = denoiser.seen[0]
         expected = error(x_t / 2 - noise_of(x_t, timestep, x0)).mean((1, 2, 3))
         torch.testing.assert_close(losses.per_sample, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_edms_loss_of_a_unet_is_the_papers():
+    """Table 1: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |D(x_0 + n) - x_0|^2, D = c_skip x + c_out F(c_in x)."""
+    kinds = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    network = UNet([8, 16], **kinds, in_channels=3, out_channels=3, norm_num_groups=4, attention_head_dim=8)
+    initialize(network, 0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    networks = {"denoiser": network, "conditioner": Conditioner([]), "first_stage": Identity()}
+    objective = Diffusion(build(compose("train", ["process=edm"]).process), Euler(2), Guidance())
+    batch = batch_of()
+    losses = objective.losses(objective.phases[0], networks, batch)
+
+    x0 = batch.images.float() / 127.5 - 1
+    sigma = torch.exp(-1.2 + 1.2 * torch.special.ndtri(batch.draws.uniform("time"))).view(-1, 1, 1, 1)
+    x, data, total = x0 + sigma * batch.draws.normal("noise", x0.shape[1:]), 0.5, sigma**2 + 0.25
+    with torch.no_grad():
+        told = network(x / total.sqrt(), 250 * sigma.log().flatten())
+    denoised = data**2 / total * x + sigma * data / total.sqrt() * told
+    expected = (total / (sigma * data) ** 2 * (denoised - x0) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(losses.per_sample, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_offset_noise_is_one_number_for_a_channel():

@@ -28,7 +28,11 @@ KINDS: dict[str, tuple[Any, dict]] = {
     "sd1_ddim": (tiny_pipelines.sd1, {"scheduler": "ddim"}),
     "sd1_euler": (tiny_pipelines.sd1, {"scheduler": "euler"}),
     "sd2": (tiny_pipelines.sd1, {"scheduler": "v", **LINEAR}),
-    "inpainting": (tiny_pipelines.sd1, {"scheduler": "ddim", "in_channels": 9}),
+    "sd2_zero_snr": (tiny_pipelines.sd1, {"scheduler": "zero_snr", **LINEAR}),
+    "sd1_linear": (tiny_pipelines.sd1, {"scheduler": "linear"}),
+    "sd1_cosine": (tiny_pipelines.sd1, {"scheduler": "cosine"}),
+    "inpainting": (tiny_pipelines.inpainting, {}),
+    "editing": (tiny_pipelines.editing, {}),
     "sdxl": (tiny_pipelines.sdxl, {}),
     "refiner": (tiny_pipelines.refiner, {}),
     "sd3": (tiny_pipelines.sd3, {}),
@@ -71,7 +75,10 @@ def assert_agree(ours: list[torch.Tensor], expected: torch.Tensor) -> None:
     assert expected.std() > 0.05, "a blank picture would agree with anything"
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd1_ddim", "sd1_euler", "sd2", "sdxl", "sd3"])
+DRAWN = ["sd1", "sd1_ddim", "sd1_euler", "sd1_linear", "sd1_cosine", "sd2", "sd2_zero_snr", "sdxl", "sd3"]
+
+
+@pytest.mark.parametrize("kind", DRAWN)
 def test_pictures_are_those_of_diffusers_pipeline(kind, made):
     loaded = load_model(made(kind))
     expected = theirs(made(kind))(
@@ -83,9 +90,29 @@ def test_pictures_are_those_of_diffusers_pipeline(kind, made):
         width=loaded.size[1],
         output_type="pt",
         **({"max_sequence_length": 77} if kind == "sd3" else {}),
+        **({"guidance_rescale": 0.7} if kind == "sd2_zero_snr" else {}),
     ).images
-    sampler = sampler_of(OwnSampler(6), loaded)
-    assert_agree(draw_pass(loaded.networks, loaded.process, sampler, Guidance(3.0), pictures(loaded), CPU), expected)
+    sampler, guidance = sampler_of(OwnSampler(6), loaded), Guidance(3.0, rescale=0.7 * (kind == "sd2_zero_snr"))
+    assert_agree(draw_pass(loaded.networks, loaded.process, sampler, guidance, pictures(loaded), CPU), expected)
+
+
+@pytest.mark.parametrize("scale, picture_scale", [(3.0, 1.7), (3.0, 1.0)])
+def test_an_edited_picture_is_that_of_instruct_pix2pix(scale, picture_scale, made, same_noise):
+    loaded = load_model(made("editing"))
+    same_noise(loaded)
+    given = a_picture(loaded)
+    expected = theirs(made("editing"))(
+        prompt=CAPTIONS,
+        image=as_theirs(given),
+        num_inference_steps=6,
+        guidance_scale=scale,
+        image_guidance_scale=picture_scale,
+        latents=noise_of(loaded),
+        output_type="pt",
+    ).images
+    guidance, sampler = Guidance(scale, picture_scale), sampler_of(OwnSampler(6), loaded)
+    asked = pictures(loaded, fields={"original": given})
+    assert_agree(draw_pass(loaded.networks, loaded.process, sampler, guidance, asked, CPU), expected)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "refiner"])
@@ -124,6 +151,7 @@ def same_noise(monkeypatch):
         for module in (
             "stable_diffusion.pipeline_stable_diffusion_img2img",
             "stable_diffusion.pipeline_stable_diffusion_inpaint",
+            "stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix",
             "stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img",
             "stable_diffusion_3.pipeline_stable_diffusion_3_img2img",
         ):
@@ -197,6 +225,8 @@ def test_an_inpainted_picture_is_that_of_diffusers(kind, strength, made, same_no
     ).images
     sampler = sampler_of(OwnSampler(8), loaded)
     asked = pictures(loaded, start=start, mask=mask)
+    if kind == "inpainting":
+        asked = pictures(loaded, image=start, fields={"mask": mask}, start=start if strength < 1 else None)
     course = Course(strength=strength if strength < 1 else None)
     latents = draw_latents(loaded.networks, loaded.process, sampler, Guidance(3.0), asked, CPU, course)
     assert_agree(decode(loaded.networks, latents), expected)
@@ -230,7 +260,7 @@ def test_base_and_refiner_share_a_course_as_in_diffusers(made):
 @pytest.mark.parametrize(
     "changed, named",
     [
-        ({"beta_schedule": "exponential"}, "beta_schedule"),
+        ({"beta_schedule": "exp"}, "beta_schedule"),
         ({"prediction_type": "flow"}, "prediction_type"),
         ({"trained_betas": [0.1]}, "trained_betas"),
     ],
@@ -256,7 +286,7 @@ def test_steps_stand_where_diffusers_schedulers_take_them(spacing, scheduler):
     assert torch.allclose(steps, made.timesteps.double(), atol=1e-3)
 
 
-def test_the_job_changes_inpaints_and_refines(made, tmp_path, capsys):
+def test_the_job_changes_inpaints_edits_and_refines(made, tmp_path, capsys):
     from PIL import Image
 
     drawn = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -285,3 +315,15 @@ def test_the_job_changes_inpaints_and_refines(made, tmp_path, capsys):
     assert (refined - plain).abs().mean() > 1 and (finished - plain).abs().mean() > 1
     assert cli.execute(["sample", *job, f"mask={tmp_path}/mask.png"]) == 2
     assert "no picture to change" in capsys.readouterr().err
+
+    picture, hole = f"image={tmp_path}/a.png", f"mask={tmp_path}/mask.png"
+    job[0] = f"source={made('editing')}"
+    closer = "guidance.picture_scale=2.0"
+    edited, again, close = run("e0", picture), run("e1", picture, "strength=0.3"), run("e2", picture, closer)
+    assert (edited - again).abs().mean() > 1 and (edited - close).abs().mean() > 1
+    assert cli.execute(["sample", *job]) == 2
+    assert "the model reads a picture, 'original': give image=a.png" in capsys.readouterr().err
+    job[0] = f"source={made('inpainting')}"
+    assert (run("i0", picture, hole) - run("i1", picture, hole, "strength=0.3")).abs().mean() > 1
+    assert cli.execute(["sample", *job, picture]) == 2
+    assert "an inpainting model: give image=a.png mask=m.png" in capsys.readouterr().err
