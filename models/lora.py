@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.pretrained import ComponentFolder, Pretrained
 from models.tensor_files import open_file, read_json, some, write_json
+from models.unet_blocks import Conv, PointwiseConv, convolve
 
 # peft's file, and the one that diffusers' pipelines look for.
 PEFT_FILE, DIFFUSERS_FILE, CONFIG_FILE = (
@@ -26,7 +28,8 @@ PEFT_FILE, DIFFUSERS_FILE, CONFIG_FILE = (
     "pytorch_lora_weights.safetensors",
     "adapter_config.json",
 )
-_PEFT_PREFIX = "base_model.model."
+_PEFT_PREFIX, _METADATA = "base_model.model.", "lora_adapter_metadata"
+DENOISER = "denoiser"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -38,8 +41,8 @@ class LoRA:
         base: component's folder of the weights that stay; None: what `init_from` names.
         rank: of the adapters.
         alpha: their factor is alpha / rank.
-        targets: which matrices have one: ends of diffusers' names of their modules. MMDiT's text stream has
-            add_q_proj, add_k_proj, add_v_proj and to_add_out.
+        targets: which matrices and convolutions have one: ends of diffusers' names of their modules. MMDiT's text
+            stream has add_q_proj, add_k_proj, add_v_proj and to_add_out; UNets have conv1, conv2 and others.
     """
 
     base: str | None = None
@@ -62,23 +65,27 @@ class LoRA:
         assert isinstance(network, Pretrained), f"{type(network).__name__} has no counterpart in diffusers"
         adapted = False
         for name, module in list(network.named_modules()):
-            if type(module) is not nn.Linear:
+            if not isinstance(module, nn.Linear | Conv):
                 continue
             parts = _modules_of(network, f"{name}.weight", module.weight)
             chosen = [i for i, part in enumerate(parts) if any(f".{part}".endswith(f".{t}") for t in self.targets)]
-            if chosen:
+            if not chosen:
+                continue
+            if isinstance(module, Conv):
+                network.set_submodule(name, AdaptedConv(module, self.rank, self.alpha))
+            else:
                 network.set_submodule(name, AdaptedLinear(module, len(parts), chosen, self.rank, self.alpha))
-                adapted = True
+            adapted = True
         if not adapted:
             raise ValueError(f"adapter.targets={self.targets}: {type(network).__name__} has no such modules")
         frozen = []
         for prefix, module in network.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if not isinstance(module, AdaptedLinear):
+                if not isinstance(module, AdaptedLinear | AdaptedConv):
                     delattr(module, name)
                     module.register_buffer(name, parameter.detach())
                     frozen.append(f"{prefix}.{name}" if prefix else name)
-            if isinstance(module, AdaptedLinear):
+            if isinstance(module, AdaptedLinear | AdaptedConv):
                 frozen += [f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False)]
         kind = type(network)
         network.__class__ = type(f"Adapted{kind.__name__}", (_Adapted, kind), {})
@@ -99,6 +106,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, parts: int, chosen: list[int], rank: int, alpha: float) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.of_maps = isinstance(linear, PointwiseConv)
         self.parts, self.chosen, self.rank, self.scale = parts, chosen, rank, alpha / rank
         self.register_buffer("weight", linear.weight.detach())
         self.register_buffer("bias", linear.bias.detach() if linear.bias is not None else None)
@@ -107,7 +115,10 @@ class AdaptedLinear(nn.Module):
         self.lora_up = nn.Parameter(torch.empty(count * linear.out_features // parts, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """(..., in_features) to (..., out_features); of a convolution, (n, in_features, H, W) likewise."""
+        return self._apply_to(x.movedim(1, -1)).movedim(-1, 1) if self.of_maps else self._apply_to(x)
+
+    def _apply_to(self, x: Tensor) -> Tensor:
         count = len(self.chosen)
         hidden = F.linear(x, self.lora_down).unflatten(-1, (count, self.rank))
         up = self.lora_up.unflatten(0, (count, -1))
@@ -119,6 +130,30 @@ class AdaptedLinear(nn.Module):
         for i, piece in zip(self.chosen, added.unbind(-2), strict=True):
             pieces[i] = pieces[i] + piece
         return torch.cat(pieces, dim=-1)
+
+
+class AdaptedConv(nn.Module):
+    """A 3 x 3 convolution whose own weight stays: beside it one to `rank` channels, then a matrix over pixels.
+
+    Args:
+        conv: the convolution.
+        rank, alpha: see `LoRA`.
+    """
+
+    def __init__(self, conv: Conv, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.stride, self.scale = conv.stride, alpha / rank
+        self.register_buffer("weight", conv.weight.detach())
+        self.register_buffer("bias", conv.bias.detach())
+        c_out, *inner = conv.weight.shape
+        self.lora_down = nn.Parameter(torch.empty(rank, *inner, device=conv.weight.device))
+        self.lora_up = nn.Parameter(torch.empty(c_out, rank, device=conv.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Conv.forward`."""
+        hidden = convolve(x, self.lora_down, None, self.stride)
+        added = F.linear(hidden.movedim(1, -1), self.lora_up).movedim(-1, 1)
+        return convolve(x, self.weight, self.bias, self.stride) + self.scale * added  # type: ignore[arg-type]
 
 
 class _Adapted(nn.Module):
@@ -180,48 +215,33 @@ class Adapter:
         """
         adapter = cls({}, {}, {})
         for name, module in network.named_modules():
-            if not isinstance(module, AdaptedLinear):
+            if not isinstance(module, AdaptedLinear | AdaptedConv):
                 continue
-            parts = _modules_of(network, f"{name}.weight", torch.empty_like(module.weight, device="meta"))  # type: ignore[arg-type]
-            count = len(module.chosen)
-            down, up = tensors[f"{name}.lora_down"].chunk(count), tensors[f"{name}.lora_up"].chunk(count)
-            for i, a, b in zip(module.chosen, down, up, strict=True):
+            weight = torch.empty_like(module.weight, device="meta")  # type: ignore[arg-type]
+            parts = _modules_of(network, f"{name}.weight", weight)
+            chosen = module.chosen if isinstance(module, AdaptedLinear) else [0]
+            below, above = tensors[f"{name}.lora_down"], tensors[f"{name}.lora_up"]
+            if isinstance(module, AdaptedConv):
+                below = below.permute(0, 3, 1, 2)
+            elif _is_convolution(network, f"{name}.weight", weight):
+                below = below[:, :, None, None]
+            above = above[:, :, None, None] if below.ndim == 4 else above
+            for i, a, b in zip(chosen, below.chunk(len(chosen)), above.chunk(len(chosen)), strict=True):
                 adapter.down[parts[i]], adapter.up[parts[i]] = a, b
                 adapter.alphas[parts[i]] = network.lora.alpha  # type: ignore[union-attr, assignment]
         return adapter
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
-        """A folder of peft's or diffusers' layout, or a file of either.
+        """Of a denoiser, from a folder or file that holds no others; see `load_adapters`.
 
         Raises:
-            ValueError: there is none, or it holds adapters of another kind, or of text encoders.
+            ValueError: see `load_adapters`; there are adapters of text encoders.
         """
-        path = Path(folder)
-        file = next((f for f in (path, path / PEFT_FILE, path / DIFFUSERS_FILE) if f.is_file()), None)
-        if file is None:
-            raise ValueError(f"{path} holds no adapters: neither {PEFT_FILE} nor {DIFFUSERS_FILE}")
-        source = open_file(file)
-        config = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
-        adapter, unknown = cls({}, {}, {}), []
-        for name in source.names():
-            module = name.removeprefix(_PEFT_PREFIX).removeprefix("unet.").removeprefix("transformer.")
-            for side, found in ((".lora_A.weight", adapter.down), (".lora_B.weight", adapter.up)):
-                if module.endswith(side):
-                    found[module.removesuffix(side)] = source.read(name).float()
-                    break
-            else:
-                if module.endswith(".alpha"):
-                    adapter.alphas[module.removesuffix(".alpha")] = float(source.read(name))
-                else:
-                    unknown.append(name)
-        if unknown or adapter.down.keys() != adapter.up.keys() or not adapter.down:
-            raise ValueError(
-                f"{file} is no LoRA of a denoiser in peft's names: it has {some(unknown or source.names())}"
-            )
-        for module, down in adapter.down.items():
-            adapter.alphas.setdefault(module, float(config.get("lora_alpha", len(down))))
-        return adapter
+        found = load_adapters(folder)
+        if found.keys() != {DENOISER}:
+            raise ValueError(f"{folder} holds adapters of {', '.join(found)}, and not of a denoiser alone")
+        return found[DENOISER]
 
     def save(self, folder: Path, component: str, base: str) -> None:
         """Write the files that peft and diffusers read.
@@ -248,7 +268,7 @@ class Adapter:
         told = {
             f"{component}.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
         }
-        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}
+        metadata = {"format": "pt", _METADATA: json.dumps(told)}
         save_file({f"{component}.{name}": t for name, t in named.items()}, folder / DIFFUSERS_FILE, metadata)
 
     @torch.no_grad()
@@ -271,6 +291,21 @@ class Adapter:
         if left:
             raise ValueError(f"the adapters are for modules that {type(network).__name__} lacks: {some(sorted(left))}")
 
+    @torch.no_grad()
+    def merge_into_text(self, model: nn.Module, scale: float = 1.0) -> None:
+        """Add the adapters to the weights of a text encoder of transformers.
+
+        Raises:
+            ValueError: see `merge_into`.
+        """
+        left = {_bare(module): module for module in self.down}
+        for name, tensor in model.named_parameters():
+            if (module := left.pop(_bare(name.removesuffix(".weight")), None)) is not None:
+                key = f"{module}.weight"
+                tensor.add_(self._reader({key: tensor.shape}, scale)(key).to(tensor))
+        if left:
+            raise ValueError(f"the adapters are for modules that {type(model).__name__} lacks: {some(sorted(left))}")
+
     def _reader(self, shapes: Mapping[str, torch.Size], scale: float) -> Callable[[str], Tensor]:
         def read(name: str) -> Tensor:
             module = name.removesuffix(".weight")
@@ -290,3 +325,69 @@ class Adapter:
 def _modules_of(network: Any, name: str, weight: Tensor) -> list[str]:
     """diffusers' modules whose matrices lie stacked in our weight."""
     return [part.removesuffix(".weight") for part in network.to_diffusers(name, weight.detach().to("meta"))]
+
+
+def _is_convolution(network: Any, name: str, weight: Tensor) -> bool:
+    """Whether diffusers keeps our weight as a convolution's."""
+    return next(iter(network.to_diffusers(name, weight).values())).ndim == 4
+
+
+def load_adapters(folder: str | Path) -> dict[str, Adapter]:
+    """A folder of peft's or diffusers' layout, or a file of either: adapters of `DENOISER`, and of "text_encoder",
+    "text_encoder_2" ... where it holds any.
+
+    Raises:
+        ValueError: there is none, or it holds adapters of another kind.
+    """
+    path = Path(folder)
+    file = next((f for f in (path, path / PEFT_FILE, path / DIFFUSERS_FILE) if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{path} holds no adapters: neither {PEFT_FILE} nor {DIFFUSERS_FILE}")
+    source = open_file(file)
+    beside = path / CONFIG_FILE
+    config = read_json(beside) if beside.is_file() and file.name == PEFT_FILE else _told_in(file)
+    found: dict[str, Adapter] = {}
+    unknown = []
+    for name in source.names():
+        component, module = _split(name.removeprefix(_PEFT_PREFIX))
+        adapter = found.setdefault(component, Adapter({}, {}, {}))
+        for side, tensors in ((".lora_A.weight", adapter.down), (".lora_B.weight", adapter.up)):
+            if module.endswith(side):
+                tensors[module.removesuffix(side)] = source.read(name).float()
+                break
+        else:
+            if module.endswith(".alpha"):
+                adapter.alphas[module.removesuffix(".alpha")] = float(source.read(name))
+            else:
+                unknown.append(name)
+    if unknown or not found or any(one.down.keys() != one.up.keys() or not one.down for one in found.values()):
+        raise ValueError(f"{file} is no LoRA in peft's names: it has {some(unknown or source.names())}")
+    for component, adapter in found.items():
+        prefixes = ("unet.", "transformer.", "") if component == DENOISER else (f"{component}.",)
+        told = {key: config[p + key] for p in prefixes for key in ("lora_alpha", "alpha_pattern") if p + key in config}
+        for module, down in adapter.down.items():
+            patterns = (told.get("alpha_pattern") or {}).items()
+            own = next((alpha for end, alpha in patterns if f".{module}".endswith(f".{end}")), None)
+            adapter.alphas.setdefault(module, float(own or told.get("lora_alpha", len(down))))
+    return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Component and module of a tensor's name in a file."""
+    first, _, rest = name.partition(".")
+    if first.startswith("text_encoder"):
+        return first, rest
+    return DENOISER, rest if first in ("unet", "transformer") else name
+
+
+def _told_in(file: Path) -> dict[str, Any]:
+    """Settings in the header of a file that diffusers has written."""
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(file, "pt") as opened:
+        return json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+
+
+def _bare(module: str) -> str:
+    """A text encoder's module without "text_model.", which newer releases of transformers leave out."""
+    return module.removeprefix("text_model.")

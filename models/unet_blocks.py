@@ -236,13 +236,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, H, W) to (n, c_out, H / stride, W / stride)."""
-        n, _, height, width = x.shape
-        if x.is_cpu and not torch.compiler.is_compiling() and n * height * width < len(self.bias) * self.stride**2:
-            padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-            shifts = [(i, j) for i in range(3) for j in range(3)]
-            shifted = [padded[:, i : i + height : self.stride, j : j + width : self.stride] for i, j in shifts]
-            return F.linear(torch.cat(shifted, dim=-1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return F.conv2d(x, self.weight.permute(0, 3, 1, 2), self.bias, self.stride, padding=1)
+        return convolve(x, self.weight, self.bias, self.stride)
 
 
 class PointwiseConv(nn.Linear):
@@ -251,6 +245,17 @@ class PointwiseConv(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(n, in_features, H, W) to (n, out_features, H, W)."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """A 3 x 3 convolution of (n, c_in, H, W) by a weight (c_out, 3, 3, c_in); see `Conv`."""
+    n, _, height, width = x.shape
+    if x.is_cpu and not torch.compiler.is_compiling() and n * height * width < len(weight) * stride**2:
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        shifts = [(i, j) for i in range(3) for j in range(3)]
+        shifted = [padded[:, i : i + height : stride, j : j + width : stride] for i, j in shifts]
+        return F.linear(torch.cat(shifted, dim=-1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight.permute(0, 3, 1, 2), bias, stride, padding=1)
 
 
 def double(x: Tensor) -> Tensor:

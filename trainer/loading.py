@@ -13,7 +13,7 @@ from conf.schema import build
 from data.fields import Field
 from models.autoencoder import AutoencoderKL
 from models.first_stage import FirstStage, KLFirstStage, VQFirstStage
-from models.lora import Adapter
+from models.lora import DENOISER, Adapter, load_adapters
 from models.pipeline_folder import INDEX, PipelineFolder
 from models.pretrained import ComponentFolder, load
 from models.process import Process
@@ -22,6 +22,7 @@ from trainer.checkpoint import CheckpointError, CheckpointPolicy, load_weights, 
 from trainer.checkpoint.format import is_committed
 from trainer.networks import adapted, adapter_base, conditioner_learns
 from trainer.pipelines import config_of, denoiser_of
+from trainer.published import TEXT_ENCODERS, pipeline_of
 
 # Latents' side where a network does not tell the size that it was trained at.
 _SIDE = 64
@@ -205,6 +206,24 @@ def load_adapter(path: Path, config: Any, length: str | None) -> Adapter:
     weights = load_weights(path, "denoiser", ema=length)
     _check_shapes(path, "denoiser", network, weights)
     return Adapter.of(network, weights)
+
+
+def merge_adapters(folder: str | Path, loaded: Loaded, scale: float = 1.0) -> None:
+    """Add adapters of a folder or file to the weights of a denoiser, and of text encoders where it holds any of them.
+
+    Raises:
+        ValueError: they are for another model.
+    """
+    denoiser, conditioner = loaded.networks["denoiser"], loaded.networks["conditioner"]
+    for component, adapter in load_adapters(folder).items():
+        if component == DENOISER:
+            adapter.merge_into(denoiser, scale)
+            continue
+        names = TEXT_ENCODERS.get(pipeline_of(denoiser, conditioner)[0] or "", ())
+        if component not in names:
+            raise ValueError(f"{folder} adapts {component}, which {loaded.source} has not")
+        encoder: Any = conditioner.numbered()[names.index(component)]  # type: ignore[operator]
+        adapter.merge_into_text(encoder.model, scale)
 
 
 def _trained(path: Path, name: str, node: Any, length: str | None) -> nn.Module:

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.conditioner import Given
 from models.initialization import initialize
 from models.lora import CONFIG_FILE, DIFFUSERS_FILE, PEFT_FILE, Adapter, LoRA
 from models.pipeline_folder import PipelineFolder
 from models.pretrained import load
 from tests.foreign import ask, install
 from tests.models import tiny_pipelines
+from trainer.loading import load_model, merge_adapters
 
 KINDS = {"sd1": tiny_pipelines.sd1, "sdxl": tiny_pipelines.sdxl, "sd3": tiny_pipelines.sd3}
 ALL = ["to_q", "to_v", "to_out.0", "ff.net.0.proj", "add_k_proj", "proj_in"]
+ALL += ["conv_in", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_adapters_beside_the_weights_are_adapters_in_them(kind, targets, made):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_come_back(kind, made, tmp_path):
-    network = adapted(made(kind))
+    network = adapted(made(kind), targets=ALL)
     adapter = Adapter.of(network, dict(network.named_parameters()))
     adapter.save(tmp_path, PipelineFolder(made(kind)).denoiser, "base")
     for file in (tmp_path, tmp_path / DIFFUSERS_FILE):
@@ -87,7 +90,7 @@ def test_files_come_back(kind, made, tmp_path):
         for module in adapter.down:
             assert torch.equal(again.down[module], adapter.down[module])
             assert torch.equal(again.up[module], adapter.up[module])
-    assert Adapter.load(tmp_path).alphas == adapter.alphas == dict.fromkeys(adapter.down, 6.0)
+        assert again.alphas == adapter.alphas == dict.fromkeys(adapter.down, 6.0)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert config["r"] == 3 and config["lora_alpha"] == 6.0 and config["peft_type"] == "LORA"
 
@@ -131,7 +134,7 @@ def test_diffusers_and_peft_read_our_adapters_and_we_read_theirs(kind, made, tmp
     from safetensors.torch import load_file, save_file
 
     libraries = install(tmp_path_factory.getbasetemp() / "peft", "peft")
-    network = adapted(made(kind), targets=ALL[:4])
+    network = adapted(made(kind), targets=ALL[:4] if kind == "sd3" else ALL)
     adapter = Adapter.of(network, dict(network.named_parameters()))
     adapter.save(tmp_path / "adapters", PipelineFolder(made(kind)).denoiser, "base")
     given = inputs(network, kind)
@@ -146,6 +149,57 @@ def test_diffusers_and_peft_read_our_adapters_and_we_read_theirs(kind, made, tmp
         torch.testing.assert_close(outputs[reader], ours, rtol=1e-4, atol=1e-4)
     theirs = Adapter.load(next((tmp_path / "again").glob("*.safetensors")))
     assert theirs.down.keys() == adapter.down.keys()
+
+
+_TRAINED = """
+import json, sys, torch, diffusers
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+base, out = sys.argv[1:]
+kind = diffusers.StableDiffusionXLPipeline
+pipeline = kind.from_pretrained(base, add_watermarker=False)
+torch.manual_seed(0)
+parts = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+for name, part in parts.items():
+    targets = ["to_q", "conv1"] if name == "unet" else ["q_proj", "out_proj"]
+    part.add_adapter(LoraConfig(r=2, lora_alpha=5 if name == "unet" else 3, target_modules=targets))
+    for key, parameter in part.named_parameters():
+        if "lora" in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+layers = {("unet" if k == "unet" else k) + "_lora_layers": get_peft_model_state_dict(v) for k, v in parts.items()}
+kind.save_lora_weights(out + "/lora", **layers, **_collate_lora_metadata(parts))
+fresh = kind.from_pretrained(base, add_watermarker=False)
+fresh.load_lora_weights(out + "/lora")
+encoded = fresh.encode_prompt("a red circle", device="cpu", do_classifier_free_guidance=False)
+x, t = torch.ones(1, 4, 8, 8), torch.tensor([300.0])
+added = {"text_embeds": encoded[2], "time_ids": torch.ones(1, 6)}
+with torch.no_grad():
+    prediction = fresh.unet(x, t, encoded[0], added_cond_kwargs=added).sample
+outputs = {"context": encoded[0].contiguous(), "pooled": encoded[2].contiguous(), "prediction": prediction}
+save_file(outputs, out + "/outputs.safetensors")
+print(json.dumps(True))
+"""
+
+
+@torch.no_grad()
+def test_adapters_of_text_encoders_too_that_diffusers_has_written(made, tmp_path, tmp_path_factory):
+    from safetensors.torch import load_file
+
+    ask(install(tmp_path_factory.getbasetemp() / "peft", "peft"), _TRAINED, str(made("sdxl")), str(tmp_path))
+    outputs = load_file(tmp_path / "outputs.safetensors")
+    loaded = load_model(made("sdxl"))
+    merge_adapters(tmp_path / "lora", loaded)
+    told = loaded.networks["conditioner"](Given(["a red circle"], size=(16, 16)))
+    torch.testing.assert_close(told["context"], outputs["context"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(told["pooled"], outputs["pooled"], rtol=1e-4, atol=1e-4)
+    given = {"x": torch.ones(1, 4, 8, 8), "timestep": torch.tensor([300.0]), "size_ids": torch.ones(1, 6)}
+    prediction = loaded.networks["denoiser"](**given, context=told["context"], pooled=told["pooled"])
+    torch.testing.assert_close(prediction, outputs["prediction"], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="adapts text_encoder, which"):
+        merge_adapters(tmp_path / "lora", load_model(tiny_pipelines.refiner(tmp_path)))
+    with pytest.raises(ValueError, match="and not of a denoiser alone"):
+        Adapter.load(tmp_path / "lora")
 
 
 def test_mistakes_are_named(made, tmp_path):
