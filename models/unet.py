@@ -66,6 +66,9 @@ class UNet(nn.Module):
     """
 
     block_lists: tuple[str, ...]
+    # Maps are in the layout that kernels want. A compiler that saw to it would copy convolutions' weights three times a
+    # step, as their shape (c_out, 3, 3, c_in) looks to it like a map's.
+    compiler_options: ClassVar[dict[str, Any]] = {"layout_optimization": False}
     float32_inputs: ClassVar[tuple[str, ...]] = ("timestep", "size_ids")
     own_config: ClassVar[dict[str, Any]] = {
         **{"concat_channels": 0, "attention_heads": None, "pooled_dim": None, "size_ids": None}

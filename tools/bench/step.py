@@ -82,7 +82,7 @@ def _compare(case: Case, mode: str, repeats: int, clock: str) -> dict[str, Any]:
     channels_last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
     if mode == "compiled":
         torch._dynamo.reset()
-        compile_all(blocks_of(ours))
+        compile_all(blocks_of(ours), getattr(ours, "compiler_options", None))
         for network in (theirs, channels_last):
             compile_all(case.blocks_of_diffusers(network))
     inputs = case.inputs(ours)

@@ -64,18 +64,22 @@ def compile_blocks(network: nn.Module) -> None:
     The compiler counts and looks up graphs by a function's code. Each kind has a copy of its own, so that a network of
     many kinds (a UNet has one for each pair of widths) neither reaches the limit nor tries all others' graphs.
     """
-    compile_all(blocks_of(network))
+    compile_all(blocks_of(network), getattr(network, "compiler_options", None))
 
 
-def compile_all(blocks: Iterable[nn.Module]) -> None:
-    """Compile each module's forward; see `compile_blocks`."""
+def compile_all(blocks: Iterable[nn.Module], options: dict[str, Any] | None = None) -> None:
+    """Compile each module's forward; see `compile_blocks`.
+
+    Args:
+        options: of the compiler.
+    """
     codes: dict[Any, CodeType] = {}
     for block in blocks:
         forward = type(block).forward
         code = codes.setdefault(_kind(block), forward.__code__.replace(co_name=f"forward_{len(codes)}"))
         own = FunctionType(code, forward.__globals__, code.co_name, forward.__defaults__, forward.__closure__)
         own.__kwdefaults__ = forward.__kwdefaults__
-        block.forward = torch.compile(MethodType(own, block), fullgraph=True)
+        block.forward = torch.compile(MethodType(own, block), fullgraph=True, options=options)
 
 
 def _kind(block: nn.Module) -> Any:

@@ -1,12 +1,18 @@
 """Compiled blocks under sharding: the same numbers, few graphs, and an error rather than a silent fall back."""
 
+import re
+
 import pytest
 import torch
+from torch import nn
 
+from models.unet import UNet
+from models.unet_blocks import Conv
 from tests.trainer.ranks import ranks
 from tests.trainer.toys import DENOISE, OPTIMIZER, batch_of, held, join, toy_loss, toy_networks
 from trainer.engines.deepspeed import DeepSpeed
 from trainer.engines.fsdp import FSDP
+from trainer.engines.networks import compile_all
 
 
 def train_shapes(config):
@@ -59,3 +65,19 @@ def test_blocks_compile_to_two_graphs_for_all_shapes(eager, compiled):
     weights, expected = (join([part for _, part, _, _ in runs], "weight") for runs in (results, reference))
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_convolutions_read_their_weights_where_they_are():
+    """Forward and backward allocate nothing of the weight's size, but its gradient."""
+    from torch._inductor.utils import run_fw_bw_and_get_code
+
+    torch._dynamo.reset()
+    block = nn.ModuleList([Conv(24, 40)])
+    compile_all(block, UNet.compiler_options)
+    x = torch.randn(2, 24, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    _, codes = run_fw_bw_and_get_code(lambda: block[0](x))
+    assert len(codes) == 2
+    for code in codes:
+        assert "convolution" in code
+        assert not re.search(r"empty_strided_cpu\(\(40, (3, 3, 24|24, 3, 3)\)", code)
