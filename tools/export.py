@@ -11,25 +11,28 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from conf.errors import ConfigError
+from models.autoencoder import AutoencoderKL
 from models.first_stage import FirstStage
-from models.lora import Adapter
-from models.original.checkpoint import to_original
-from models.pipeline_folder import INDEX, TRANSFORMERS_STEM, PipelineFolder, stem_of
-from models.pretrained import DIFFUSERS_VERSION, ComponentFolder, Pretrained, save
+from models.original.checkpoint import family_of, to_original
+from models.pipeline_folder import INDEX, TRANSFORMERS_STEM, ComponentTensors, PipelineFolder, stem_of
+from models.pretrained import DIFFUSERS_VERSION, STEM, ComponentFolder, Pretrained, save
 from models.tensor_files import Meta, write_file, write_json, write_stem
 from models.text import TextEncoder
+from models.vq import VQModel
 from tools.importing import converted, is_network, rewrite
 from trainer.engines.networks import prepare_frozen
-from trainer.loading import Loaded, average_of, config_of_checkpoint, find_checkpoint, load_adapter, load_model
+from trainer.loading import (
+    Loaded,
+    average_of,
+    config_of_checkpoint,
+    find_checkpoint,
+    load_adapter,
+    load_model,
+    merge_adapters,
+)
 from trainer.networks import adapter_base
 from trainer.published import INDEX as ENTRIES
 from trainer.published import TEXT_ENCODERS, pipeline_of, scheduler_of
-
-_FAMILIES = {
-    "StableDiffusion3Pipeline": "sd3",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl_refiner",
-}
 
 
 @dataclass
@@ -78,9 +81,11 @@ def _write_folder(config: Any, folder: Path) -> list[str]:
         trained = config_of_checkpoint(path)
         if trained.get("adapter"):
             return _write_adapters(path, trained, folder, config)
+        if "autoencoder" in (trained.get("networks") or {}):
+            return _write_autoencoder(source, folder, config)
     loaded = load_model(source, config.average, exact=True)
     for one in config.adapters:
-        Adapter.load(one).merge_into(loaded.networks["denoiser"])
+        merge_adapters(one, loaded)
     return _write_model(loaded, folder, config)
 
 
@@ -93,6 +98,21 @@ def _write_adapters(path: Path, trained: Any, folder: Path, config: Any) -> list
     component = "transformer" if "Transformer" in ComponentFolder(base).config["_class_name"] else "unet"
     adapter.save(folder, component, base)
     return [f"Adapters for {base}, whose weights are not in it (merge=true: with them)."]
+
+
+def _write_autoencoder(run: Path, folder: Path, config: Any) -> list[str]:
+    """The component that a run of an autoencoder has left, whose weights are of the average that it chose."""
+    if config.adapters or config.average != "auto":
+        key = "adapters" if config.adapters else "average"
+        raise ConfigError(f"{key}: a run of an autoencoder has left one component, which is exported; leave this out.")
+    own = next(
+        (run / c.component for c in (AutoencoderKL, VQModel) if (run / c.component / "config.json").is_file()), None
+    )
+    if own is None:
+        raise ConfigError(f"source: {run} has no autoencoder yet: it is written at a run's last step. Give its folder.")
+    shutil.copyfile(own / "config.json", folder / "config.json")
+    rewrite(ComponentTensors(own), folder, STEM, config.dtype, config.shard_bytes)
+    return []
 
 
 def _write_pipeline(pipeline: PipelineFolder, folder: Path, config: Any) -> list[str]:
@@ -135,7 +155,10 @@ def _write_model(loaded: Loaded, folder: Path, config: Any) -> list[str]:
     if autoencoder is not None:
         _save(autoencoder, folder / "vae", config)
     if kind is None:
-        return [f"Not a pipeline, but components alone, without text encoders and scheduler: {reason}."]
+        notes = [f"Not a pipeline, but components alone, without text encoders and scheduler: {reason}."]
+        if denoiser.config.get("attention_heads") is not None:
+            notes.append("diffusers cannot tell attention_heads: its class would attend in other heads than this UNet.")
+        return notes
 
     index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION, **ENTRIES[kind]}
     if "XL" in kind:
@@ -176,7 +199,9 @@ def _came_from(config: dict[str, Any]) -> PipelineFolder | None:
 
 def _samples_the_same(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
     keys = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "num_train_timesteps", "shift")
-    return all(theirs.get(key) == ours[key] for key in keys if key in ours)
+    rescaled = "rescale_betas_zero_snr"  # which older files do not tell
+    same = bool(theirs.get(rescaled)) == bool(ours.get(rescaled))
+    return same and all(theirs.get(key) == ours[key] for key in keys if key in ours)
 
 
 def _save(network: Any, folder: Path, config: Any) -> None:
@@ -213,10 +238,7 @@ def _write_single(folder: Path, out: Path) -> list[str]:
     if not (folder / INDEX).is_file():
         raise ConfigError(f"out={out}: the authors' layout holds a whole pipeline, which this is not; give a folder.")
     pipeline = PipelineFolder(folder)
-    kind = _FAMILIES.get(pipeline.kind)
-    if kind is None:
-        linear = pipeline.config("unet").get("use_linear_projection", False)
-        kind = "sd2" if linear else "sd1"
+    kind = family_of(pipeline)
     parts = [name for name in pipeline.components if is_network(name)]
     layout, tensors, left_out = to_original(
         kind, {name: pipeline.tensors(name) for name in parts}, {name: pipeline.config(name) for name in parts}

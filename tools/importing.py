@@ -13,11 +13,11 @@ from pydantic import PositiveInt
 
 from conf.errors import ConfigError
 from data.run_directory import check_name
-from models.original.checkpoint import OriginalCheckpoint
+from models.original.checkpoint import OriginalCheckpoint, family_of
 from models.pipeline_folder import INDEX, PipelineFolder, stem_of
 from models.pretrained import DIFFUSERS_VERSION, ComponentFolder
 from models.tensor_files import Meta, TensorSource, open_file, write_json, write_stem
-from trainer.pipelines import config_of, denoiser_of
+from trainer.pipelines import EDITING, config_of, denoiser_of
 
 # Tokenizers of the published models, for files, which hold none.
 _TOKENIZERS = {
@@ -117,16 +117,19 @@ def converted(meta: Meta, dtype: str | None) -> Meta:
 def _from_file(source: Path, target: Path, config: Any) -> list[str]:
     like = PipelineFolder(config.like) if config.like is not None else None
     given = {name: like.config(name) for name in like.components} if like is not None else {}
-    checkpoint = OriginalCheckpoint(open_file(source), given, config.average == "ema")
+    checkpoint = OriginalCheckpoint(
+        open_file(source), given, config.average == "ema", family_of(like) if like is not None else None
+    )
     family = checkpoint.family
-    if like is not None and like.kind != family.pipeline:
-        raise ConfigError(f"like: {like.path} is a {like.kind}, but {source} holds a {family.pipeline}.")
+    kind = _kind(family.pipeline, checkpoint.components.get("unet", {}))
+    if like is not None and like.kind not in (kind, family.pipeline):
+        raise ConfigError(f"like: {like.path} is a {like.kind}, but {source} holds a {kind}.")
     if checkpoint.kind == "sd2" and config.prediction is None and like is None:
         raise ConfigError(
             f"prediction: {source} does not tell what it predicts; give prediction=epsilon (Stable Diffusion 2 base,"
             " 512 px) or prediction=v_prediction (768 px)."
         )
-    index: dict[str, Any] = {"_class_name": family.pipeline, "_diffusers_version": DIFFUSERS_VERSION, **family.index}
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION, **family.index}
     notes = []
     for name, settings in checkpoint.components.items():
         layout = {key: converted(meta, config.dtype) for key, meta in checkpoint.layout(name).items()}
@@ -144,9 +147,7 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
             index[name] = [None, None]
             notes.append("The file has no T5: captions are read by the CLIP encoders alone.")
         else:
-            raise ConfigError(
-                f"like: {source} has no {name}; give like=<a folder of a {family.pipeline} that has one>."
-            )
+            raise ConfigError(f"like: {source} has no {name}; give like=<a folder of a {kind} that has one>.")
     for name in [n.replace("text_encoder", "tokenizer") for n in family.components if n.startswith("text_encoder")]:
         index[name] = _tokenizer(name, target, like, index)
     scheduler = dict(like.config("scheduler") if like is not None else family.scheduler)
@@ -158,6 +159,14 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
     if unused := [name for name in checkpoint.unused() if not name.startswith("model_ema.")]:
         notes.append(f"{len(unused)} tensors have no place in it, such as {unused[0]}.")
     return notes
+
+
+def _kind(pipeline: str, unet: Mapping[str, Any]) -> str:
+    """The pipeline of a UNet in the place of the family's own: what lies beside its latent tells them apart."""
+    beside = unet.get("in_channels", 0) - unet.get("out_channels", 0)
+    if beside <= 0 or "Img2Img" in pipeline:
+        return pipeline
+    return pipeline.replace("Pipeline", "InpaintPipeline") if beside == unet["out_channels"] + 1 else EDITING
 
 
 def _tokenizer(name: str, target: Path, like: PipelineFolder | None, index: Mapping[str, Any]) -> list[str | None]:
@@ -180,10 +189,18 @@ def _tokenizer(name: str, target: Path, like: PipelineFolder | None, index: Mapp
 
 
 def _write_experiment(target: Path) -> None:
-    """What `experiment=<file>` sets: networks as they are in the folder, and where their weights come from."""
+    """What `experiment=<file>` sets: networks as they are in the folder, where their weights come from, and fields that
+    they read."""
     folder = PipelineFolder(target.resolve())
     config: dict[str, Any] = dict(config_of(folder))
     config["init_from"] = {"path": str(folder.path), "networks": {"denoiser": folder.denoiser}}
+    for one in config["conditioner"].get("maps", []):
+        masked = one["_target_"].endswith(".MaskedPicture")
+        field = {"_target_": "data.fields.DrawnMask"}
+        if not masked:  # its text and its picture are left out now and then, as that model was trained
+            field = {"_target_": "data.fields.Picture", "member": f"{one['field']}.jpg"}
+            config["objective"] = {"caption_dropout": [0.1] * (len(config["conditioner"]["encoders"]) + 1)}
+        config["data"] = {"fields": {one["field"]: field}}
     text = yaml.safe_dump(config, sort_keys=False)
     (target / "experiment.yaml").write_text(
         f"# {folder.kind}, written by `millrace import`: millrace train experiment=<this file> data.sources...\n{text}"

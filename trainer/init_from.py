@@ -28,7 +28,8 @@ class Report:
         network: name in this run.
         source: where its weights came from.
         matched: parameters that were loaded as they are.
-        resized: tables of positions that were loaded resized: "name: from shape to shape".
+        resized: tables of positions that were loaded resized, and first convolutions of UNets that read more than the
+            source's, in which what is new begins at zero: "name: from shape to shape".
         missing: parameters that the source lacks, left at their initial values.
         mismatched: parameters of another shape, left at their initial values: "name: source shape, own shape".
         unexpected: tensors of the source that have no place here.
@@ -165,6 +166,9 @@ def _fill(network: str, source: _Source, shards: Sequence[Shard]) -> Report:
         elif _are_positions(theirs, ours):
             report.resized.append(f"{shard.name}: from {theirs} to {ours}")
             _store(shard, resize_positions(source.whole(shard.name), ours[1]))
+        elif shard.name == "conv_in.weight" and _reads_more(theirs, ours):
+            report.resized.append(f"{shard.name}: from {theirs} to {ours}")
+            _store(shard, F.pad(source.whole(shard.name), (0, ours[-1] - theirs[-1])))
         else:
             report.mismatched.append(f"{shard.name}: {theirs} in the source, {ours} here")
     if not report.matched:
@@ -176,6 +180,11 @@ def _fill(network: str, source: _Source, shards: Sequence[Shard]) -> Report:
 def _are_positions(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether both are tables of positions (1, side^2, width), of one width."""
     return all(len(s) == 3 and s[0] == 1 and math.isqrt(s[1]) ** 2 == s[1] for s in (a, b)) and a[2] == b[2]
+
+
+def _reads_more(theirs: Sequence[int], ours: Sequence[int]) -> bool:
+    """Whether a convolution (c_out, 3, 3, c_in) reads more channels, as what lies beside a latent comes last."""
+    return len(theirs) == len(ours) == 4 and theirs[:-1] == ours[:-1] and theirs[-1] < ours[-1]
 
 
 def resize_positions(table: Tensor, length: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.original import configs, names
 from models.original.names import Names, Row, SameNames
+from models.pipeline_folder import PipelineFolder
 from models.tensor_files import Meta, TensorSource, some
 
 
@@ -150,6 +151,7 @@ class OriginalCheckpoint:
         source: the file.
         given: configurations by component, where they are known; the others follow from the tensors.
         average: take the average of the UNet's weights that training files of 2022 hold beside them ("model_ema").
+        assumed: the family of a file that holds a denoiser alone, which does not tell it.
 
     Raises:
         ValueError: it is of no family that is known, or has no such average.
@@ -160,19 +162,23 @@ class OriginalCheckpoint:
         source: TensorSource,
         given: Mapping[str, Mapping[str, Any]] | None = None,
         average: bool = False,
+        assumed: str | None = None,
     ) -> None:
         self._source, self._given, self._average = source, given or {}, average
         self._names = source.names()
         if average and not any(name.startswith("model_ema.") for name in self._names):
             raise ValueError("the checkpoint holds no average (model_ema): leave average=none")
-        for name, family in FAMILIES.items():
-            if any(tensor.startswith(family.mark) for tensor in self._names):
-                self.kind, self.family = name, family
-                break
-        else:
+        marked = (n for n, f in FAMILIES.items() if any(tensor.startswith(f.mark) for tensor in self._names))
+        kind = next(marked, None)
+        if kind is None and any(tensor.startswith(_UNET) for tensor in self._names):
+            kind = assumed
+            if kind is None:
+                raise ValueError(f"a checkpoint of a denoiser alone ({_UNET}...): name a pipeline like it")
+        if kind is None:
             raise ValueError(
                 f"no checkpoint of a system that is known ({', '.join(FAMILIES)}): its tensors are {some(self._names)}"
             )
+        self.kind, self.family = kind, FAMILIES[kind]
 
     @cached_property
     def components(self) -> dict[str, dict[str, Any]]:
@@ -232,6 +238,15 @@ class OriginalCheckpoint:
             return original
         # LitEma names its buffers by the parameters' names without dots, which buffers' names may not have.
         return "model_ema." + original.removeprefix("model.").replace(".", "")
+
+
+def family_of(pipeline: PipelineFolder) -> str:
+    """The family of a pipeline in diffusers' layout."""
+    if "StableDiffusion3" in pipeline.kind:
+        return "sd3"
+    if "XL" in pipeline.kind:
+        return "sdxl" if "text_encoder" in pipeline.components else "sdxl_refiner"
+    return "sd2" if pipeline.config("unet").get("use_linear_projection", False) else "sd1"
 
 
 def _unread(meta: Meta) -> Tensor:

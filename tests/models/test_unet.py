@@ -18,7 +18,7 @@ from models.unet_blocks import Conv
 CONF = Path(__file__).parents[2] / "conf" / "model"
 MODELS = sorted(path.stem for path in CONF.glob("*.yaml") if "models.unet.UNet" in path.read_text())
 # diffusers has no way to give every level so many heads.
-WITHOUT_COUNTERPART = ("ldm_churches", "ldm_inpainting", "ldm_semantic")
+WITHOUT_COUNTERPART = ("ldm_churches", "ldm_inpainting")
 
 
 def random_config(seed: int) -> dict:

@@ -6,10 +6,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from conf.compose import compose
-from conf.schema import check
+from conf.schema import build, check
 from models.guidance import Guidance
 from models.pipeline_folder import PipelineFolder
 from tests.models import tiny_pipelines
@@ -18,6 +19,8 @@ from tools import cli
 from tools.demo.scenes import write_tars
 from trainer.engines.networks import prepare_frozen
 from trainer.loading import load_model
+from trainer.pipelines import process_node
+from trainer.published import scheduler_of
 from trainer.sample import sampler_of
 from trainer.sampling import OwnSampler, Picture, SamplingDraws, draw_pass
 from trainer.train import Config as TrainConfig
@@ -29,6 +32,8 @@ KINDS = {
     "sd3": tiny_pipelines.sd3,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
+# What reads a picture beside the latent.
+BESIDE = {"inpainting": tiny_pipelines.inpainting, "editing": tiny_pipelines.editing}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def made(tmp_path_factory):
 
     def make(kind: str) -> Path:
         if kind not in folders:
-            folders[kind] = KINDS[kind](tmp_path_factory.mktemp(kind))
+            folders[kind] = (KINDS | BESIDE)[kind](tmp_path_factory.mktemp(kind))
             # What a release to come may write.
             file = folders[kind] / PipelineFolder(folders[kind]).denoiser / "config.json"
             file.write_text(json.dumps(json.loads(file.read_text()) | {"a_key_of_next_year": [1, 2]}))
@@ -60,7 +65,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@kinds
+@pytest.mark.parametrize("kind", KINDS | BESIDE)
 def test_a_pipeline_comes_back_from_import_and_export(kind, made, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     assert cli.execute(["import", f"source={made(kind)}", "name=it", f"runs={runs}"]) == 0
@@ -72,7 +77,7 @@ def test_a_pipeline_comes_back_from_import_and_export(kind, made, tmp_path):
         assert after.config(name) == before.config(name), name
 
 
-@kinds
+@pytest.mark.parametrize("kind", KINDS | BESIDE)
 def test_a_file_in_the_authors_layout_comes_back_as_the_folder(kind, made, tmp_path, capsys):
     file, beside = tmp_path / "original.safetensors", tmp_path / "original-of-another.safetensors"
     beside.write_text("kept")
@@ -81,6 +86,7 @@ def test_a_file_in_the_authors_layout_comes_back_as_the_folder(kind, made, tmp_p
     assert cli.execute([*command, "name=it", f"like={made(kind)}"]) == 0
     assert_same_weights(tmp_path / "runs" / "it", made(kind))
     assert beside.read_text() == "kept"
+    assert PipelineFolder(tmp_path / "runs" / "it").kind == PipelineFolder(made(kind)).kind
     diffusers.DiffusionPipeline.from_pretrained(tmp_path / "runs" / "it")
     # It lies there, and is not written over.
     assert cli.execute([*command, "name=it", f"like={made(kind)}"]) == 2
@@ -145,6 +151,72 @@ def test_an_imported_model_is_trained_on_and_drawn_by_diffusers(kind, made, tmp_
         prepare_frozen(name, network, False, "fp32", 0, torch.device("cpu"))
     images = draw_pass(loaded.networks, loaded.process, sampler, Guidance(3.0), pictures, torch.device("cpu"))
     assert (torch.stack(images).float() / 255 - expected).abs().mean() < 1 / 255
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_reads_a_picture_beside_the_latent_is_trained_on(kind, made, tmp_path):
+    assert cli.execute(["import", f"source={made(kind)}", "name=base", f"runs={tmp_path}/runs"]) == 0
+    field = ["data.fields.original.member=jpg", "data.sources.scenes.where=list_contains(extensions, 'jpg')"]
+    run = tuned(tmp_path / "runs/base", tmp_path, "tuned", "ema=none", *(field if kind == "editing" else []))
+    assert cli.execute(["export", f"source={run}", f"out={tmp_path}/out"]) == 0
+    assert PipelineFolder(tmp_path / "out").kind == PipelineFolder(made(kind)).kind
+    before, after = weights(made(kind)), weights(tmp_path / "out")
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"unet"}
+    diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_a_model_of_text_begins_to_learn_to_edit(made, tmp_path):
+    """Channels for the picture beside the latent begin at zero, all others as they were."""
+    assert cli.execute(["import", f"source={made('sd1')}", "name=base", f"runs={tmp_path}/runs"]) == 0
+    reads = "{_target_: models.conditions.PictureMap, field: original, channels: 4, encode: true, scaled: false}"
+    more = ["model.concat_channels=4", f"+conditioner.maps=[{reads}]", "schedule.lr=1e-9", "ema=none"]
+    more += ["data.fields.original._target_=data.fields.Picture", "data.fields.original.member=jpg"]
+    run = tuned(
+        tmp_path / "runs/base", tmp_path, "edits", *more, "data.sources.scenes.where=list_contains(extensions, 'jpg')"
+    )
+    assert cli.execute(["export", f"source={run}", f"out={tmp_path}/out"]) == 0
+    assert PipelineFolder(tmp_path / "out").kind == "StableDiffusionInstructPix2PixPipeline"
+    before, after = (weights(folder)["unet.conv_in.weight"] for folder in (made("sd1"), tmp_path / "out"))
+    assert after.shape[1] == 8 and after[:, 4:].abs().max() < 1e-6
+    assert torch.allclose(after[:, :4], before, atol=1e-6)
+
+
+def test_a_file_of_a_unet_alone_takes_the_rest_from_a_pipeline_like_it(made, tmp_path, capsys):
+    whole, alone = tmp_path / "whole.safetensors", tmp_path / "alone.safetensors"
+    assert cli.execute(["export", f"source={made('sd1')}", f"out={whole}"]) == 0
+    save_file({k: v + 1 for k, v in load_file(whole).items() if k.startswith("model.diffusion_model.")}, alone)
+    command = ["import", f"source={alone}", "name=it", f"runs={tmp_path}/runs"]
+    assert cli.execute(command) == 1
+    assert "name a pipeline like it" in capsys.readouterr().err
+    assert cli.execute([*command, f"like={made('sd1')}"]) == 0
+    ours, like = weights(tmp_path / "runs/it"), weights(made("sd1"))
+    assert ours.keys() == like.keys()
+    for name in ours:
+        assert torch.equal(ours[name], like[name] + name.startswith("unet.")), name
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["process=v_zero_snr"], {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+        (["process=eps_ddpm"], {"beta_schedule": "linear", "beta_end": 0.02}),
+        (["process=eps_linear", "process.parameterization._target_=models.parameterizations.Image"], {}),
+    ],
+)
+def test_processes_come_back_from_schedulers(overrides, told):
+    """What a run was trained with, as diffusers' scheduler, has the same levels and prediction there, and is the same
+    process again here."""
+    process = OmegaConf.to_container(compose("train", overrides).process, resolve=True)
+    for pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        config = scheduler_of(process, pipeline)
+        assert config.items() >= told.items()
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        again, ours = build(process_node(config)), build(process)
+        t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+        assert torch.allclose(ours.alpha_sigma(t)[0] ** 2, scheduler.alphas_cumprod.double(), rtol=1e-3, atol=1e-7)
+        assert torch.equal(ours.alpha_sigma(t)[0], again.alpha_sigma(t)[0])
+        assert type(ours.parameterization) is type(again.parameterization)
 
 
 def test_a_run_without_a_pipeline_gives_components_and_says_why(tmp_path, capsys):

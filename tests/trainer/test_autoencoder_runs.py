@@ -108,6 +108,22 @@ def test_vq_first_stages_too(folder, alone):  # noqa: F811
     assert rows[-1]["loss"] > 0
 
 
+@pytest.mark.parametrize("kind", EXPERIMENT)
+def test_a_finished_run_is_exported_and_its_reconstructions_are_measured(folder, alone, kind, tmp_path):  # noqa: F811
+    run, cls = folder / "runs" / f"alone_{kind}", diffusers.AutoencoderKL if kind == "kl" else diffusers.VQModel
+    own = run / ("vae" if kind == "kl" else "vqvae")
+    assert cli.execute(["export", f"source={run}", f"out={tmp_path}/out"]) == 0
+    ours, theirs = (cls.from_pretrained(path) for path in (tmp_path / "out", own))
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert ours.config.scaling_factor == theirs.config.scaling_factor
+
+    command = ["evaluate", f"source={run}", "reconstructions=true", f"reference={folder}/scenes", f"runs={tmp_path}"]
+    command += ["metric=[fid,psnr]", "features=random_stand_in", "features.num_features=4", "log.wandb=null"]
+    assert cli.execute([*command, f"cache_folder={folder}/cache", "height=32", "width=32"]) == 0
+    (row,) = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
+    assert row["rfid_random_stand_in"] > 0 and row["psnr"] > 1 and row["samples"] > 10
+
+
 def test_prompts_are_refused_before_the_start(folder, capsys):  # noqa: F811
     arguments = ["train", "experiment=ldm/autoencoder_kl_f8", "scale=tiny", f"runs={folder}/runs", "name=prompts"]
     assert cli.execute([*arguments, f"data.sources.a.shards={folder}/scenes", "samples.prompts=[a circle]"]) != 0

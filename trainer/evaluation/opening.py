@@ -13,6 +13,7 @@ from conf.errors import ConfigError
 from conf.schema import build
 from data.buckets import Buckets
 from data.fields import Field
+from data.selection import Split
 from data.store import redact
 from data.tars import TarData
 from models.conditioner import Conditioner
@@ -112,8 +113,9 @@ def open_conditions(
         raise ConfigError(
             f"prompts: {model.source} reads {', '.join(names)} of samples, and no captions; leave it out."
         )
+    split: Split = "train"
     if isinstance(reference, TarPictures) and config.reference is not None:
-        data, split = _tars("reference", listed(config.reference), config, dict(model.fields)), "train"
+        data = _tars("reference", listed(config.reference), config, dict(model.fields))
     elif "data" in model.config and (data := build(model.config["data"])).holdout:
         split = "validation"
     else:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.models import tiny_pipelines
 from tests.trainer.jobs import QUICK, train_on
 from tests.trainer.task_tars import NAMES, write_task_tars
 from tools import cli
@@ -92,6 +93,18 @@ def test_nothing_is_asked_of_an_unconditional_model(home: Path, tmp_path: Path):
     given = [f"source={run}", f"reference={tmp_path}/statistics.npz", "samples=5"]
     status, pictures = evaluated(home, "unconditional", *given)
     assert status == 0 and len(kept(pictures)) == 5
+
+
+def test_an_imported_pipeline_draws_captions(home: Path):
+    folder = tiny_pipelines.sd1(home / "pipeline")
+    given = [f"source={folder}", f"reference={home}/others", "samples=3", "steps=[2]", "guidance_scales=[1,3]"]
+    status, pictures = evaluated(home, "imported", *given)
+    assert status == 0
+    without, guided = (kept(one) for one in sorted(pictures.iterdir()))
+    assert without.keys() == guided.keys() == {0, 1, 2} and all(caption for _, caption in without.values())
+    assert any(np.abs(without[i][0] - guided[i][0]).max() > 1 for i in range(3))
+    rows = json.loads((home / "runs/imported/evaluation.json").read_text())
+    assert [row["guidance"] for row in rows] == [1, 3] and {row["sampler"] for row in rows} == {"PLMS"}
 
 
 def test_what_is_missing_is_named(home: Path, tmp_path: Path, capsys):
