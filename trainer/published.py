@@ -20,6 +20,8 @@ TEXT_ENCODERS = {
     "StableDiffusionXLImg2ImgPipeline": ("text_encoder_2",),
     "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2", "text_encoder_3"),
 }
+# Stable Diffusion 1's and 2's, by what lies beside the latent.
+_OF_SD = {"nothing": "StableDiffusionPipeline", "hole": "StableDiffusionInpaintPipeline", "picture": EDITING}
 _NONE = [None, None]
 _SD = {
     **{"safety_checker": _NONE, "feature_extractor": _NONE, "image_encoder": _NONE},
@@ -56,9 +58,7 @@ def pipeline_of(denoiser: Any, conditioner: Any) -> tuple[str | None, str]:
     if kind == "UNet2DConditionModel" and len(clips) == count:
         layers = [(one.layer, one.pooled_width > 0) for one in clips]
         if sizes is None and layers == [("last", False)]:
-            return {"nothing": "StableDiffusionPipeline", "hole": "StableDiffusionInpaintPipeline"}.get(
-                beside, EDITING
-            ), ""
+            return _OF_SD[beside], ""
         of_base = sizes is not None and sizes.aesthetic is None and beside != "picture"
         if of_base and layers == [("penultimate", False), ("penultimate", True)]:
             return "StableDiffusionXLPipeline" if beside == "nothing" else "StableDiffusionXLInpaintPipeline", ""
