@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -69,7 +69,7 @@ def launch(job: str, overrides: list[str], config: DictConfig) -> None:
     # -P keeps the caller's folder off the import path: it may well hold a folder named "data" or "models".
     command = ["-P", "-m", "tools.cli", job, *overrides]
     restarts: int = config.cluster.restarts
-    with _signals_forwarded() as forwarded:
+    with signals_forwarded(_ranks) as forwarded:
         while True:
             try:
                 return _start_ranks(config.cluster.processes, logs, command)
@@ -108,24 +108,37 @@ def _start_ranks(processes: int, logs: Path, command: list[str]) -> None:
     elastic_launch(settings, sys.executable)(*command)
 
 
-@contextmanager
-def _signals_forwarded() -> Iterator[list[signal.Signals]]:
-    """The first signal to stop goes to every rank; gives the signals so far. A second Ctrl-C kills the ranks.
+def _ranks() -> list[int]:
+    return [child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
 
-    Ranks lead sessions of their own, so that a terminal's Ctrl-C reaches only the launcher.
+
+@contextmanager
+def signals_forwarded(running: Callable[[], Sequence[int]]) -> Iterator[list[signal.Signals]]:
+    """The first signal to stop goes to every process that runs; gives the signals so far. A second Ctrl-C kills them,
+    with all that they have started.
+
+    Args:
+        running: ids of these processes. They lead sessions of their own, so that a terminal's Ctrl-C reaches only the
+            launcher.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed twice, or nothing runs.
     """
     received: list[signal.Signals] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        ranks = [child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+        processes = running()
         again = number == signal.SIGINT and signal.SIGINT in received
-        for rank in ranks:
-            if again:
-                os.killpg(rank, signal.SIGKILL)
-            elif not received:
-                os.kill(rank, number)
+        for process in processes:
+            with suppress(ProcessLookupError):  # it has just ended
+                if again:
+                    os.killpg(process, signal.SIGKILL)
+                elif not received:
+                    os.kill(process, number)
+        if not received:
+            log.warning("asked to stop by %s: what runs saves and leaves", signal.Signals(number).name)
         received.append(signal.Signals(number))
-        if again or not ranks:
+        if again or not processes:
             raise KeyboardInterrupt
 
     earlier = {number: signal.signal(number, forward) for number in _FORWARDED}

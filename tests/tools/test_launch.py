@@ -55,7 +55,7 @@ class Launched:
 
     def wait_for_rows(self, rows: int) -> None:
         """Until so many steps are logged. Notes who belongs to the run by then."""
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while len(self.rows()) < rows:
             assert self.process.poll() is None and time.monotonic() < deadline, self.output.read_text()[-3000:]
             time.sleep(0.02)
@@ -68,7 +68,7 @@ class Launched:
 
     def ends(self) -> int:
         """Wait for the exit status; nobody of the family may survive."""
-        status = self.process.wait(100)
+        status = self.process.wait(600)
         assert not psutil.wait_procs(self.family, timeout=20)[1]
         return status
 
@@ -93,7 +93,7 @@ def launched(folder) -> Iterator[Callable[..., Launched]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder) -> list[float]:
-    subprocess.run(command(folder, "undisturbed"), env=environment(), check=True, capture_output=True, timeout=200)
+    subprocess.run(command(folder, "undisturbed"), env=environment(), check=True, capture_output=True, timeout=600)
     return [row["loss"] for row in read_jsonl(folder / "runs" / "undisturbed" / "metrics.jsonl")]
 
 
@@ -112,7 +112,7 @@ def test_a_signal_lets_the_ranks_save_and_the_run_goes_on_as_if_undisturbed(laun
         assert run.checkpoints()[-1] == len(run.rows())
         assert "Traceback" not in run.output.read_text()
     again = launched("stopped")
-    assert again.process.wait(200) == 0
+    assert again.process.wait(600) == 0
     assert [row["loss"] for row in again.rows()] == undisturbed
 
 
@@ -154,7 +154,7 @@ def test_a_rank_that_fails_while_stopping_is_told_and_not_started_again(launched
 def test_the_command_ends_with_the_status_of_the_rank_that_failed(folder):
     def status(name: str, *overrides: str) -> int:
         done = subprocess.run(
-            command(folder, name, *overrides), env=environment(), capture_output=True, text=True, timeout=200
+            command(folder, name, *overrides), env=environment(), capture_output=True, text=True, timeout=600
         )
         last = done.stderr.rstrip().splitlines()[-1]
         assert last.startswith("millrace: rank ") and "Traceback" not in last
@@ -168,6 +168,6 @@ def test_the_command_ends_with_the_status_of_the_rank_that_failed(folder):
 def test_a_rank_that_fails_is_started_again_as_often_as_asked(launched, tmp_path):
     fails = ["objective._target_=tests.trainer.faulty.FailsOnceAt", "+objective.steps=[3]"]
     run = launched("restarted", "cluster.restarts=1", *fails, f"+objective.marker={tmp_path}/failed", "steps=5")
-    assert run.process.wait(200) == 0, run.output.read_text()[-3000:]
+    assert run.process.wait(600) == 0, run.output.read_text()[-3000:]
     assert "failed on purpose; starting again" in run.output.read_text()
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5]

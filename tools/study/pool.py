@@ -1,24 +1,18 @@
 """Runs commands on this machine, a few at a time, each a process of its own with its share of the cores."""
 
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
-from tools.launch import LAUNCHER, last_words
-
-log = logging.getLogger(__name__)
+from tools.launch import LAUNCHER, last_words, signals_forwarded
 
 _POLL_S = 0.2
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,6 @@ class Outcome:
     reason: str | None
 
 
-class Stopped(KeyboardInterrupt):
-    """The pool was asked to stop; every command has saved and left."""
-
-
 @dataclass
 class _Running:
     command: Command
@@ -81,21 +71,19 @@ class Pool:
     restarts: int = 0
     told: Callable[[Outcome], None] = lambda outcome: None
     _running: list[_Running] = field(default_factory=list, init=False)
-    _asked: list[signal.Signals] = field(default_factory=list, init=False)
+    _asked: Sequence[signal.Signals] = field(default=(), init=False)
 
     def run(self, commands: Sequence[Command]) -> list[Outcome]:
         """Run all commands to their end; outcomes are in the order in which they came.
 
         Raises:
-            Stopped: by a signal; the commands that ran have ended.
+            KeyboardInterrupt: by a signal; the commands that ran have ended, or were killed.
         """
         waiting, outcomes = list(commands), []
-        with self._signals():
-            while waiting or self._running:
+        with signals_forwarded(lambda: [running.process.pid for running in self._running]) as self._asked:
+            while self._running or (waiting and not self._asked):
                 while waiting and len(self._running) < self.parallel and not self._asked:
                     self._running.append(_start(waiting.pop(0), self.parallel, self.restarts))
-                if self._asked and not self._running:
-                    raise Stopped
                 time.sleep(_POLL_S)
                 for running in [r for r in self._running if r.process.poll() is not None]:
                     self._running.remove(running)
@@ -103,6 +91,8 @@ class Pool:
                     if outcome is not None:
                         outcomes.append(outcome)
                         self.told(outcome)
+        if self._asked:  # also where nothing is left to start: what has stopped has not finished
+            raise KeyboardInterrupt
         return outcomes
 
     def _ended(self, running: _Running) -> Outcome | None:
@@ -119,25 +109,6 @@ class Pool:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             reason = f"{how}{last_words(running.command.log)}"
         return Outcome(running.command, time.monotonic() - running.began, reason)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def forward(number: int, _: FrameType | None) -> None:
-            again = number == signal.SIGINT and signal.SIGINT in self._asked
-            for running in self._running:
-                if again:
-                    os.killpg(running.process.pid, signal.SIGKILL)
-                elif not self._asked:
-                    running.process.send_signal(number)
-            self._asked.append(signal.Signals(number))
-            log.warning("asked to stop by %s: what runs saves and leaves", signal.Signals(number).name)
-
-        earlier = {number: signal.signal(number, forward) for number in _FORWARDED}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
 
 
 def _start(command: Command, parallel: int, restarts: int) -> _Running:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from pyarrow import parquet
 
-from data.run_directory import read_jsonl
+from data.run_directory import read_jsonl, saved_step
 from tests.trainer.jobs import SMALL
 from tools import cli
 from tools.demo.scenes import write_tars
@@ -85,13 +85,25 @@ def test_runs_are_made_once_and_those_that_fail_are_listed_with_reasons(folder, 
 
 
 @pytest.mark.slow
-def test_a_study_killed_in_mid_run_goes_on_where_it_was(folder):
-    command = arguments(folder, "killed", "parallel=2", "overrides=steps=40 checkpoint.every=100000")
+def test_a_study_stopped_or_killed_in_mid_run_goes_on_where_it_was(folder):
+    command = arguments(
+        folder, "killed", "parallel=2", "overrides=steps=60 checkpoint.every=100000 validation.every=30"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     start = [sys.executable, "-P", "-m", "tools.cli", *command]
     runs = [folder / "runs" / "killed" / name for name in ("w32_low_seed0", "w64_low_seed0")]
-    study = psutil.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet: dict = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+    # Asked to stop, it ends when its runs have saved.
+    study = psutil.Popen(start, **quiet)
     _wait(lambda: all((run / "metrics.jsonl").exists() for run in runs))
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(600) == 130
+    stopped = [saved_step(run) for run in runs]
+    assert stopped == [_step(run) for run in runs] and max(stopped) < 40
+
+    study = psutil.Popen(start, **quiet)
+    _wait(lambda: all(_step(run) > step for run, step in zip(runs, stopped, strict=True)))
     children = study.children(recursive=True)
     trainers = [child for child in children if "train" in child.cmdline()]
     assert len(trainers) == 2
@@ -101,18 +113,22 @@ def test_a_study_killed_in_mid_run_goes_on_where_it_was(folder):
     _wait(lambda: len([c for c in study.children() if c.pid != trainers[0].pid and c.is_running()]) == 2)
     study.send_signal(signal.SIGKILL)
     study.wait()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=600)
     assert not alive
 
     assert subprocess.run(start, env=environment, capture_output=True, text=True).returncode == 0
     for run in runs:
-        assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 41))
+        assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 61))
     state = json.loads((folder / "runs" / "killed" / "analysis.json").read_text())["runs"]["verdicts"]
     assert state == ["2 of 2 runs are finished."]
 
 
+def _step(run: Path) -> int:
+    return read_jsonl(run / "metrics.jsonl")[-1]["step"]
+
+
 def _wait(condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about within two minutes"
+        assert time.monotonic() < deadline, "it did not come about within ten minutes"
         time.sleep(0.1)
