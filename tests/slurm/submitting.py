@@ -22,7 +22,7 @@ def command(lab: Lab, job: str, *overrides: str) -> subprocess.CompletedProcess[
         env={**os.environ, **lab.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
 
 
@@ -52,9 +52,9 @@ class Submitted:
         return [row["loss"] for row in self.rows()]
 
     def wait_for_rows(self, count: int) -> None:
-        wait_for(lambda: len(self.rows()) >= count, 120, self.told)
+        wait_for(lambda: len(self.rows()) >= count, 300, self.told)
 
-    def wait(self, seconds: float = 200) -> str:
+    def wait(self, seconds: float = 500) -> str:
         """Until the job has left the queue; how it ended."""
         wait_for(
             lambda: self.lab.state(self.job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), seconds, self.told

@@ -1,5 +1,6 @@
 """Runs that are disturbed end by themselves, with the losses of one that was not."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def outcomes(run: Submitted) -> list[str]:
 def test_a_run_whose_time_is_up_saves_and_is_queued_again(lab, folder, undisturbed):
     # SLURM warns up to half a minute early.
     run = submitted(lab, folder, "limit", "cluster.time=2", "cluster.signal_lead=30", "checkpoint.every=1000", pace=1.8)
-    assert run.wait(400) == "COMPLETED", run.told()
+    assert run.wait() == "COMPLETED", run.told()
     assert run.losses() == undisturbed
     *limits, last = outcomes(run)
     assert set(limits) == {"time limit"} and last == "finished"
@@ -130,10 +131,15 @@ def test_a_cancelled_run_saves_and_is_not_queued_again(lab, folder):
     run = submitted(lab, folder, "cancelled", "cluster.health=false", pace=1.5)
     run.wait_for_rows(3)
     assert "works on" in command(lab, "train", *run.overrides).stderr  # by a second job
-    assert "running" in command(lab, "jobs", f"runs={folder}/runs").stdout
+    shown = command(lab, "jobs", f"runs={folder}/runs").stdout
+    cells = re.search(
+        rf"^cancelled +{run.job} +1 +(\d+)/{STEPS} +(\S+) +(?:\d+m )?\d+s .*running$", shown, re.MULTILINE
+    )
+    assert cells, shown
+    assert cells[2] == f"{run.losses()[int(cells[1]) - 1]:.4g}"
     assert f"job {run.job} ends" in command(lab, "cancel", "cancelled", f"runs={folder}/runs").stdout
     assert run.wait() == "CANCELLED", run.told()
-    wait_for(lambda: "ended" in run.events(), 30, run.told)
+    wait_for(lambda: "ended" in run.events(), 120, run.told)
     assert run.events() == ["started", "cancelled", "ended"]
     shown = command(lab, "jobs", f"runs={folder}/runs").stdout
     assert any("cancelled" in line.split()[0] and line.endswith("cancelled") for line in shown.splitlines()), shown

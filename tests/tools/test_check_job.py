@@ -86,6 +86,7 @@ def test_curation_in_tasks_gets_a_node_for_each(tmp_path):
 def test_a_task_that_is_one_process_is_not_started_for_each_gpu(tmp_path):
     curate = [f"shards={tmp_path}", f"runs={tmp_path}", "cluster=slurm", "cluster.tasks=7"]
     assert check_job("curate", [*curate, "cluster.gpus_per_node=1"]).resources.ranks == 1
+    assert check_job("retrieve", ["database=x", *curate, "cluster.gpus_per_node=1"]).task_keys == "cluster"
     with pytest.raises(ConfigError, match=r"cluster\.gpus_per_node=8 would start as many"):
         check_job("curate", curate)
     with pytest.raises(ConfigError, match=r"cluster\.ranks_per_node=2 would start as many"):
