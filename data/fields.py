@@ -21,8 +21,10 @@ from torch import Tensor
 from data.buckets import Bucket
 from data.decode import MAX_PIXELS, DecodeError, decode_image
 from data.describe import standard_name
+from data.manifest import Manifest
 from data.masks import LargeMasks
 from data.members import ContentError
+from data.store import Store
 from data.transforms import CENTER, Framing, Geometry, covering_size, place, resize
 from models.layout import WHOLE, Corners, Layout
 
@@ -67,6 +69,9 @@ class Field(ABC):
     def optional(self) -> bool:
         """Whether it can do without."""
         return False
+
+    def check(self, manifests: Sequence[Manifest], store: Store) -> None:  # noqa: B027  (most have nothing to refuse)
+        """Refuse columns, beside these manifests, that are not what the field takes them for, in a ConfigError."""
 
     @abstractmethod
     def read(self, origin: Origin) -> Any:

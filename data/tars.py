@@ -186,6 +186,8 @@ class TarData:
             if self.sources[name].manifest == "clips":
                 found = ensure_clips(found, self.store)
             self._check_columns(name, found)
+            for one in self.fields_of(name).values():
+                one.check(found, self.store)
             self._manifests[name] = found
         return self._manifests[name]
 

@@ -327,9 +327,11 @@ class Conditioner(nn.Module):
 
     @property
     def stored(self) -> list[int]:
-        """Numbers of the encoders whose outputs are worth keeping."""
+        """Numbers of the encoders whose outputs are worth keeping: of captions and pictures, by frozen weights."""
         return [
-            i for i, encoder in enumerate(self.numbered()) if not isinstance(encoder, AbsentEncoder | LearnedEncoder)
+            i
+            for i, encoder in enumerate(self.numbered())
+            if encoder.reads in ("captions", "images") and not isinstance(encoder, AbsentEncoder | LearnedEncoder)
         ]
 
     @property

@@ -1,7 +1,8 @@
 """The conditions of latent diffusion's tasks (arXiv 2112.10752, sections 4.3 to 4.5) beside text and layouts: a class,
-and maps that are laid beside the noisy latent.
+neighbours, and maps that are laid beside the noisy latent.
 
     class                a learned token to attend to
+    neighbours           embeddings of pictures of a database, a token each (arXiv 2204.11824)
     semantic map         a learned colour for each label, averaged down to the latent's size
     super-resolution     the low-resolution picture, with or without noise
     inpainting           the latent of the picture without its hole, and where the hole is
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from models.conditioner import ConditionMap, Given, LearnedEncoder, Outputs
+from models.conditioner import ConditionMap, Encoder, Given, LearnedEncoder, Outputs
 
 
 class ClassEncoder(LearnedEncoder):
@@ -40,6 +41,40 @@ class ClassEncoder(LearnedEncoder):
         """Standard normal, as torch's own embeddings, with which the paper's started."""
         with torch.no_grad():
             tensor.normal_(generator=generator)
+
+
+class NeighbourEncoder(Encoder):
+    """The embeddings of a sample's neighbours as tokens, as they are (Blattmann et al. 2022, arXiv 2204.11824, section
+    3.2). For nothing it gives zeros.
+
+    Args:
+        k: neighbours of a sample.
+        width: numbers in an embedding; CLIP ViT-B/32 has 512.
+        field: of the samples, with embeddings (n, k, width).
+    """
+
+    pooled_width = 0
+    nothing_given: Tensor
+
+    def __init__(self, k: int = 4, width: int = 512, field: str = "neighbours") -> None:
+        super().__init__()
+        self.reads, self.length, self.width = field, k, width
+        self.register_buffer("nothing_given", torch.zeros(1, k, width), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        if inputs.shape[1:] != (self.length, self.width):
+            raise ValueError(
+                f"{self.reads!r} holds {tuple(inputs.shape[1:])} numbers a sample, and the model was made for"
+                f" {(self.length, self.width)}: neighbours and numbers in an embedding"
+            )
+        return inputs.float(), inputs.new_zeros(len(inputs), 0, dtype=torch.float32)
+
+    def null(self) -> Outputs:
+        return self.nothing_given, self.nothing_given[:, 0, :0]
+
+    def init_buffers(self) -> None:
+        """Zeros."""
+        self.nothing_given.zero_()
 
 
 class SemanticMap(ConditionMap):

@@ -12,6 +12,7 @@ from conf.schema import build, target
 from data.buckets import Buckets
 from data.tars import TarSplit
 from models.conditioner import ConditionMap, LearnedEncoder
+from models.conditions import NeighbourEncoder
 from models.pipeline_folder import INDEX, PipelineFolder
 from trainer.distributed import World, barrier
 from trainer.objectives.base import DropsCaptions, Objective
@@ -94,7 +95,7 @@ def _check_fields(config: Any) -> None:
     nodes = [*config.conditioner.get("encoders", []), *(config.conditioner.get("maps") or [])]
     kinds: list[Any] = [target(node["_target_"], "conditioner") for node in nodes]
     with torch.device("meta"):  # pretrained encoders read captions and pictures
-        own = [issubclass(kind, LearnedEncoder | ConditionMap) for kind in kinds]
+        own = [issubclass(kind, LearnedEncoder | NeighbourEncoder | ConditionMap) for kind in kinds]
         parts = [build(node) for node, reads_fields in zip(nodes, own, strict=True) if reads_fields]
     asked = {name for part in parts for name in ([part.reads] if isinstance(part.reads, str) else part.reads)}
     asked |= {(config.conditioner.get("sizes") or {}).get("aesthetic")} - {None}

@@ -36,6 +36,7 @@ class Config:
     prompts_file: str | None
     images: list[str]
     fields: dict[str, list[str | int | float]]
+    database: str | None
     original_size: list[int] | None
     crop: list[int]
     target_size: list[int] | None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,6 +12,7 @@ from conf.errors import ConfigError
 from data.decode import Decoded, DecodeError, decode_image
 from data.fields import Field, Mask, Number
 from data.fields import Picture as PictureField
+from data.retrieval.field import Neighbours
 from models.conditioner import Conditioner, ConditionMap
 from models.conditions import LowResolution, MaskedPicture, PictureMap
 from trainer.loading import Loaded
@@ -82,6 +84,11 @@ class ConditionReader:
         self._size = size
         self._sizes: dict[str, Any] = {key: _pair(config, key) for key in ("crop", "original_size", "target_size")}
         self._fields = dict(loaded.fields)
+        if config.database is not None:
+            sought = {name: one for name, one in self._fields.items() if isinstance(one, Neighbours)}
+            if not sought:
+                raise ConfigError("database: the model was trained without neighbours.")
+            self._fields |= {name: replace(one, database=config.database) for name, one in sought.items()}
         self._targets: dict[str, tuple[int, int]] = {}
         if (map_ := map_of(loaded.networks["conditioner"], LowResolution)) is not None:
             self._fields |= {map_.field: PictureField(""), map_.level_field: Number(member="")}

@@ -6,6 +6,7 @@ import pytest
 
 from conf.compose import ROOT
 from data.run_directory import read_jsonl
+from tests.data.retrieval.vectors import clustered, save_database, write_neighbours
 from tests.trainer.task_tars import write_task_tars
 from tools import cli
 from tools.demo.scenes import write_tars
@@ -21,6 +22,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("experiments")
     write_tars(folder / "scenes", 60, seed=0)
     write_task_tars(folder / "fields", 60)
+    write_neighbours(folder / "fields", save_database(folder / "database", [clustered(40, 32, 5)]), 20)
     return folder
 
 
@@ -30,11 +32,13 @@ def folder(tmp_path_factory) -> Path:
 )
 def test_it_trains_validates_saves_and_samples(folder, chosen):
     name = chosen.replace("/", "_")
-    task = chosen.startswith("experiment=ldm/") and "autoencoder" not in chosen
+    neighbours = chosen.startswith("experiment=rdm/")
+    task = neighbours or (chosen.startswith("experiment=ldm/") and "autoencoder" not in chosen)
     with_fields = task or chosen == "experiment=sdxl/refiner"
     arguments = [
         *("train", chosen, "scale=tiny", "steps=2", "samples.every=2", "validation.every=2", "log.wandb=null"),
         *(f"runs={folder}/runs", f"name={name}", f"data.cache_folder={folder}/cache"),
+        *([f"data.fields.neighbours.database={folder}/database"] if neighbours else []),
         *([] if task else [f"conditioner.folder={folder}/text_encoder"]),
         f"data.sources.some.shards={folder / ('fields' if with_fields else 'scenes')}",
     ]

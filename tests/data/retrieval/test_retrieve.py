@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from PIL import Image
 from shard_files import picture, write_tar
 
 from data.retrieval.database import Database
-from data.retrieval.embedding import Patches
+from data.retrieval.embedding import Embedding, Patches
+from data.retrieval.field import Neighbours
 from tests.data.curation.tiny_models import save_clip
 from tools.cli import execute
 
@@ -179,8 +182,6 @@ def test_patches_are_squares_whose_places_follow_from_keys(tmp_path, model):
     told = database.metadata(range(10), ["image_path", "patch"])
     assert told[0]["image_path"] == told[1]["image_path"] and told[0]["patch"] != told[1]["patch"]
     assert [tuple(one["patch"]) for one in told[:2]] == Patches(2, 24).places("key0000", 40, 30)
-    from data.retrieval.embedding import Embedding
-
     image = np.array(Image.open(io.BytesIO(picture(30, 40, form="PNG", seed=0))))
     left, top, right, bottom = told[1]["patch"]
     assert (right - left, bottom - top) == (24, 24)
@@ -206,8 +207,6 @@ def test_patches_lie_within_pictures_smaller_than_they_are():
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, model, change, message, capsys):
-    import re
-
     shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
     assert execute(command(folder, model, f"shards={shards}")) == 0
     if "max_errors=0.1" in change:
@@ -234,3 +233,24 @@ def test_damage_is_told_of(tmp_path, model, capsys):
         assert execute(command(folder, model, f"neighbours_of={shards}", "k=2")) == 2
         assert message in capsys.readouterr().err
         path.write_bytes(whole)
+
+
+def test_neighbours_of_a_text_of_a_picture_and_rows_are_what_sampling_is_given(tmp_path, model):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}")) == 0
+    database = Database(folder)
+    vectors = database.vectors(np.arange(17))
+    (tmp_path / "a.png").write_bytes(picture(36, 40, form="PNG", seed=6))
+    embedder = Embedding(str(model)).embedder()
+    (text,), own = embedder.texts(["a red circle"]), vectors[5]
+    nearest = {"text": np.argsort(-(vectors @ text))[:3], "own": np.argsort(-(vectors @ own))[:3]}
+    field = Neighbours(str(folder), k=3)
+    assert np.allclose(field.given("a red circle", (8, 8)), vectors[nearest["text"]], atol=1e-5)
+    assert np.allclose(field.given(str(tmp_path / "a.png"), (8, 8)), vectors[nearest["own"]], atol=1e-5)
+    assert nearest["own"][0] == 5
+    assert np.allclose(field.given("[2, 0]", (8, 8)), [*vectors[[2, 0]], np.zeros(10)], atol=1e-5)
+    asked = replace(field, query=True).given("a red circle", (8, 8))
+    assert np.allclose(asked, [text, *vectors[nearest["text"][:2]]], atol=1e-5)
+    (folder / "database.json").unlink()
+    with pytest.raises(ValueError, match="does not tell the model that made it"):
+        Neighbours(str(folder), k=3).given("a red circle", (8, 8))

@@ -6,7 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.index import ensure_indexed
 from data.retrieval.database import Database, embedding_path, metadata_path
+from data.retrieval.neighbours import columns_of
+from data.scores import Recipe, write_scores
+from data.store import Store
 
 
 def clustered(count: int, width: int, clusters: int, spread: float = 0.5, seed: int = 0) -> np.ndarray:
@@ -28,3 +32,15 @@ def save_database(folder: Path, parts: list[np.ndarray], side: str = "image") ->
         keys = [f"{i}_{row}" for row in range(len(vectors))]
         pq.write_table(pa.table({"image_path": keys, "caption": [f"caption of {key}" for key in keys]}), path)
     return Database(folder)
+
+
+def write_neighbours(shards: Path, database: Database, k: int) -> None:
+    """Random neighbours of every sample of a folder's tars, as `millrace retrieve` would write them."""
+    manifests = ensure_indexed([str(path) for path in sorted(shards.glob("*.tar"))], Store())
+    random = np.random.default_rng(0)
+    for manifest in manifests:
+        ids = [random.choice(database.rows, k, replace=False) for _ in range(manifest.rows)]
+        similarities = [np.sort(random.uniform(0, 1, k))[::-1].astype(np.float32) for _ in ids]
+        columns = {"neighbours": ids, "neighbours_similarity": similarities}
+        recipe = Recipe(1, {"database": database.fingerprint, "k": k})
+        write_scores(manifest, "neighbours", pa.table(columns, columns_of("neighbours", k)), Store(), recipe)

@@ -1,0 +1,136 @@
+"""Training with neighbours: on two ranks, under both engines, resumed to the bit, on other ranks; sampled from another
+database."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from conf.compose import compose
+from conf.errors import ConfigError
+from conf.schema import check
+from data.fields import Origin
+from data.index import ensure_indexed
+from data.retrieval.database import Database
+from data.retrieval.field import Neighbours
+from data.run_directory import read_jsonl
+from data.store import Store
+from data.transforms import Geometry
+from tests.data.retrieval.vectors import clustered, save_database, write_neighbours
+from tests.trainer.ranks import ranks
+from tests.trainer.task_tars import write_task_tars
+from tools import cli
+from trainer.checkpoint import load_weights
+from trainer.config import preflight
+from trainer.distributed import World
+from trainer.train import Config, train
+
+TINY = [
+    *("scale=tiny", "log.wandb=null", "rehearse=false", "data.holdout=0.2", "data.log_keys=true"),
+    *("batch=4", "lanes=4", "buckets.sizes=[[16, 16]]", "sampler.steps=2", "schedule.warmup=0", "schedule.lr=1e-3"),
+    *("validation.samples=4", "validation.every=4", "samples.every=4", "samples.count=2", "checkpoint.every=2"),
+]
+GEOMETRY = Geometry((16, 16), (16, 16), (0, 0), (16, 16), flip=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("neighbours")
+    write_task_tars(folder / "tars", 60)
+    vectors = clustered(80, 32, 5)
+    write_neighbours(folder / "tars", save_database(folder / "database", np.split(vectors, 2)), 20)
+    save_database(folder / "other", [clustered(30, 32, 3, seed=5)])
+    return folder
+
+
+def run(world: int, folder: Path, name: str, *overrides: str) -> list[dict]:
+    """Train; rows of metrics.jsonl."""
+    places = [
+        *(f"data.sources.drawn.shards={folder}/tars", f"data.fields.neighbours.database={folder}/database"),
+        *(f"runs={folder}/runs", f"data.cache_folder={folder}/cache"),
+    ]
+    chosen = ["experiment=rdm/imagenet", *TINY, *places, f"name={name}", *overrides]
+    ranks(world).run(_train, chosen, timeout_s=900)
+    return read_jsonl(folder / "runs" / name / "metrics.jsonl")
+
+
+def _train(overrides: list[str]) -> None:
+    config = compose("train", overrides)
+    check(config, Config)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    preflight(config, size)
+    with ExitStack() as resources:
+        train(config, World(rank, size, rank, torch.device("cpu"), launched=False), resources)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: str, capsys):
+    chosen = f"engine={engine}"
+    whole = run(2, folder, engine, chosen, "steps=4")
+    for name, world in ((f"{engine}_twice", 2), (f"{engine}_alone", 1)):
+        run(2, folder, name, chosen, "steps=2")
+        twice = run(world, folder, name, chosen, "steps=4")
+        assert [row["step"] for row in whole] == [1, 2, 3, 4] == [row["step"] for row in twice]
+        exact = world == 2
+        for first, second in zip(whole, twice, strict=True):
+            assert (
+                first["loss"] == second["loss"] if exact else first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+            )
+    ends = [
+        load_weights(folder / "runs" / n / "checkpoints/step_00000004", "denoiser") for n in (engine, f"{engine}_twice")
+    ]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    assert (folder / "runs" / engine / "samples/step_00000004.png").stat().st_size > 500
+
+    arguments = [f"source={folder}/runs/{engine}", f"out={folder}/out", "sampler.steps=2"]
+    pictures = []
+    for given in (["[3, 17, 5, 8]"], ["[3, 17, 5]"], ["[3, 17, 5, 8]", f"database={folder}/other"]):
+        fields = f"fields.neighbours=['{given[0]}']"
+        assert cli.execute(["sample", *arguments, fields, *given[1:]]) == 0, capsys.readouterr().err
+        pictures.append(np.asarray(Image.open(folder / "out" / "00000.png"), dtype=int))
+    assert np.abs(pictures[0] - pictures[1]).max() > 0, "fewer neighbours"
+    assert np.abs(pictures[0] - pictures[2]).max() > 0, "another database"
+    assert cli.execute(["sample", *arguments, "fields.neighbours=['[99]']"]) == 2
+    assert "rows from 0 to 79" in capsys.readouterr().err
+
+
+def origin(ids: list[int], similarities: list[float]) -> Origin:
+    columns = {"neighbours": ids, "neighbours_similarity": similarities}
+    return Origin(columns, lambda extension: b"", GEOMETRY, lambda purpose: 0)
+
+
+def test_the_nearest_are_read_but_those_that_are_too_similar(folder: Path):
+    database = Database(folder / "database")
+    told = origin([7, 70, 41, 3], [1.0, 0.97, 0.5, 0.2])
+    one = Neighbours(str(folder / "database"), k=2)
+    assert torch.equal(one.read(told), torch.from_numpy(database.vectors(np.array([7, 70]))))
+    one = Neighbours(str(folder / "database"), k=2, most_similar=0.95)
+    assert torch.equal(one.read(told), torch.from_numpy(database.vectors(np.array([41, 3]))))
+    one = Neighbours(str(folder / "database"), k=4, most_similar=0.4)
+    tokens = one.read(told)
+    assert torch.equal(tokens[0], torch.from_numpy(database.vectors(np.array([3])))[0]) and not tokens[1:].any()
+    assert not one.read(origin([-1, -1], [0.0, 0.0])).any()
+
+
+def test_columns_of_another_database_are_refused(folder: Path, tmp_path: Path):
+    manifests = ensure_indexed([str(path) for path in sorted((folder / "tars").glob("*.tar"))], Store())
+    Neighbours(str(folder / "database"), k=20).check(manifests, Store())
+    with pytest.raises(ConfigError, match="k=21 neighbours of 20 that are stored"):
+        Neighbours(str(folder / "database"), k=21).check(manifests, Store())
+    with pytest.raises(ConfigError, match=r"is not of the database .*other as it is: run `millrace retrieve"):
+        Neighbours(str(folder / "other")).check(manifests, Store())
+    with pytest.raises(ConfigError, match=r"'mine' beside .* is not of the database"):
+        Neighbours(str(folder / "database"), column="mine").check(manifests, Store())
+
+
+def test_a_model_takes_as_many_and_as_wide_neighbours_as_it_was_made_for(folder: Path, capsys):
+    arguments = ["train", "experiment=rdm/imagenet", *TINY, f"data.sources.drawn.shards={folder}/tars", "steps=1"]
+    places = [f"data.fields.neighbours.database={folder}/database", f"runs={folder}/refused"]
+    assert cli.execute([*arguments, *places, "data.fields.neighbours.k=3"]) in (1, 2)
+    assert "'neighbours' holds (3, 32) numbers a sample, and the model was made for (4, 32)" in capsys.readouterr().err
+    assert cli.execute([*arguments, *places, "~data.fields.neighbours"]) == 2
+    assert "data.fields.neighbours is missing: the conditioner reads it" in capsys.readouterr().err
