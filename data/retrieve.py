@@ -27,9 +27,9 @@ from data.retrieval.database import (
     told_path,
 )
 from data.retrieval.embedding import Embedding, embed_shards, is_done, part_names
-from data.retrieval.index import IndexBuilder, IndexSettings
+from data.retrieval.index import IndexBuilder, IndexSettings, Searcher
 from data.retrieval.neighbours import due, find_neighbours, recipe_of
-from data.store import Store, remove_leftovers
+from data.store import Store, redact, remove_leftovers
 from data.tasks import Tasks, run_tasks
 from data.tracking import LogConfig, RunLog, job_log
 
@@ -46,6 +46,9 @@ class Config:
         neighbours_of: shards whose samples get a column of neighbours; null: none.
         neighbours: name of the column.
         k: how many neighbours.
+        query: a text, or a picture's file, whose `k` nearest pictures a contact sheet shows; null: none.
+        out: that sheet, a PNG.
+        report: a folder, or URL of one, for a page of neighbours of random samples, recall and latency; null: none.
         cluster: tasks that share the work.
         manifest_folder: where manifests go; beside the shards if null.
         max_errors: share of a shard's samples that may lack a picture that can be embedded.
@@ -62,6 +65,9 @@ class Config:
     neighbours_of: str | list[str] | None = None
     neighbours: str = "neighbours"
     k: int = 20
+    query: str | None = None
+    out: str = "retrieved.png"
+    report: str | None = None
     cluster: Tasks = field(default_factory=Tasks)
     manifest_folder: str | None = None
     max_errors: float = 0.1
@@ -85,8 +91,8 @@ def run(config: Config) -> None:
     with mistakes():
         tasks = Tasks(config.cluster.tasks, config.cluster.task)
         embedding, settings, store = build(config.embedding), build(config.index), build(config.store)
-        if config.shards is None and config.neighbours_of is None:
-            raise ConfigError("there is nothing to do: give shards=, neighbours_of=, or both")
+        if not any((config.shards, config.neighbours_of, config.query, config.report)):
+            raise ConfigError("there is nothing to do: give shards=, neighbours_of=, query= or report=")
         if not 0 <= config.max_errors <= 1 or config.k < 1:
             raise ConfigError(f"max_errors={config.max_errors} is a share, and k={config.k} at least 1")
         folder = local_folder(config.database)
@@ -106,10 +112,31 @@ def run(config: Config) -> None:
                 is_due = due(asked, config.neighbours, recipe_of(database, one, config.k), store)
             work = partial(find_neighbours, asked, is_due, database, one, config.neighbours, config.k, store)
             run_tasks(work, tasks, tasks.totals([m.rows for m in asked]), "neighbours", log)
+        if whole and (config.query or config.report):
+            with mistakes():
+                _show(config, Database(folder), embedding, store, log)
     if whole:
         print(summary(Database(folder), asked, config.neighbours, time.perf_counter() - started))
     else:
         print("the shards of this task are embedded: the same command without cluster.task builds the index")
+
+
+def _show(config: Config, database: Database, embedding: Embedding, store: Store, log: RunLog) -> None:
+    """Answer the query, write the page."""
+    from data.retrieval.looking import Shelf, answer, page
+
+    if config.query:
+        database.check_model(embedding.fingerprint(), embedding.model)
+        ids, similarities = answer(config.query, Searcher(database), embedding, min(config.k, database.rows))
+        texts = [f"{similarity:.3f}" for similarity in similarities.tolist()]
+        png = Shelf(database, store, config.manifest_folder).draw(ids.tolist(), texts)
+        store.write(config.out, png)
+        log.log_image("query", png, database.rows, config.query)
+        print(f"the nearest to {config.query!r}: {config.out}")
+    if config.report:
+        made = page(database, database.sides, store, config.k, config.manifest_folder, seed=0)
+        print(f"report: {redact(made.write(config.report, store))}")
+        made.show(log, database.rows)
 
 
 def make_database(

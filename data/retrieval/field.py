@@ -34,6 +34,7 @@ class Neighbours(Field):
             (0.999), and near-duplicates (0.95).
         query: put the embedding of what was asked for before the neighbours, in sampling: k - 1 of them follow (arXiv
             2207.13038).
+        width: d, where the database is not there to tell: a plan asks.
     """
 
     database: str
@@ -41,6 +42,7 @@ class Neighbours(Field):
     column: str = "neighbours"
     most_similar: float | None = None
     query: bool = False
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -60,6 +62,11 @@ class Neighbours(Field):
         Raises:
             ConfigError: of another, or of another state of it.
         """
+        if self.width not in (None, self.opened.width):
+            raise ConfigError(
+                f"the database {self.database} has embeddings of {self.opened.width} numbers, not of {self.width}: it"
+                " is of another model than the conditioner was made for"
+            )
         for manifest in manifests:
             scored = read_scored(manifest, self.column, store)
             if scored is None or scored.recipe.settings.get("database") != self.opened.fingerprint:
@@ -81,7 +88,7 @@ class Neighbours(Field):
         return self._tokens(self.opened.vectors(ids[kept][: self.k]))
 
     def blank(self, target: tuple[int, int]) -> Tensor:
-        return torch.zeros(self.k, self.opened.width)
+        return torch.zeros(self.k, self.width or self.opened.width)
 
     def given(self, text: str, target: tuple[int, int]) -> Tensor:
         """Of a text, of a picture's file, or of rows of the database: `[3, 17]`."""

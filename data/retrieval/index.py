@@ -349,8 +349,10 @@ class Searcher:
             )
         self.search: dict[str, int] = database.told.get("indexes", {}).get(side, {}).get("search", {})
 
-    def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `searched`.
+    def __call__(
+        self, queries: np.ndarray, k: int, search: dict[str, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `searched`; `search` takes the place of what reached the recall asked for.
 
         Raises:
             ConfigError: the database is smaller than k, or the queries are of another width.
@@ -362,7 +364,7 @@ class Searcher:
                 f"queries of {queries.shape[1]} numbers, and the database {self.database.folder} has"
                 f" {self.database.width}: they are of another model"
             )
-        return searched(self._index, self.database, self.side, queries.astype(np.float32), k, self.search)
+        return searched(self._index, self.database, self.side, queries.astype(np.float32), k, search or self.search)
 
 
 def _merge(index: Any, other: Any, plan: Plan) -> None:

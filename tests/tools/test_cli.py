@@ -298,7 +298,9 @@ def test_tiny_shrinks_by_class_below_the_command_line():
 def test_every_experiment_composes_and_passes_the_check(experiment, scale):
     from trainer.train import Config
 
-    needed = ["first_stage.folder=/vae"] if experiment.startswith(("sd3", "sdxl", "ldm")) and scale == "full" else []
+    needed = (
+        ["first_stage.folder=/vae"] if experiment.startswith(("sd3", "sdxl", "ldm", "rdm")) and scale == "full" else []
+    )
     if "autoencoder" in experiment and scale == "full":
         needed = ["networks.lpips.vgg=/vgg16.pth", "networks.lpips.linear=/lpips.pth"]
     config = compose("train", [f"experiment={experiment}", f"scale={scale}", *needed])

@@ -121,6 +121,8 @@ def test_columns_of_another_database_are_refused(folder: Path, tmp_path: Path):
     Neighbours(str(folder / "database"), k=20).check(manifests, Store())
     with pytest.raises(ConfigError, match="k=21 neighbours of 20 that are stored"):
         Neighbours(str(folder / "database"), k=21).check(manifests, Store())
+    with pytest.raises(ConfigError, match="has embeddings of 32 numbers, not of 512"):
+        Neighbours(str(folder / "database"), width=512).check(manifests, Store())
     with pytest.raises(ConfigError, match=r"is not of the database .*other as it is: run `millrace retrieve"):
         Neighbours(str(folder / "other")).check(manifests, Store())
     with pytest.raises(ConfigError, match=r"'mine' beside .* is not of the database"):

@@ -20,6 +20,8 @@ from shard_files import picture, write_tar
 from data.retrieval.database import Database
 from data.retrieval.embedding import Embedding, Patches
 from data.retrieval.field import Neighbours
+from data.retrieval.index import Searcher
+from data.retrieval.looking import answer
 from tests.data.curation.tiny_models import save_clip
 from tools.cli import execute
 
@@ -254,3 +256,20 @@ def test_neighbours_of_a_text_of_a_picture_and_rows_are_what_sampling_is_given(t
     (folder / "database.json").unlink()
     with pytest.raises(ValueError, match="does not tell the model that made it"):
         Neighbours(str(folder), k=3).given("a red circle", (8, 8))
+
+
+def test_a_question_is_answered_by_a_sheet_and_a_page_shows_neighbours(tmp_path, model, capsys):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}", "index.kind=ivf_flat", "index.cells=4")) == 0
+    sheet = tmp_path / "sheet.png"
+    assert execute(command(folder, model, "query=a red circle", f"out={sheet}", "k=8")) == 0
+    assert Image.open(sheet).size[0] == 6 * 144 and "the nearest to 'a red circle'" in capsys.readouterr().out
+    (tmp_path / "a.png").write_bytes(picture(36, 40, form="PNG", seed=6))
+    (ids, similarities) = answer(str(tmp_path / "a.png"), Searcher(Database(folder)), Embedding(str(model)), 3)
+    assert ids[0] == 5 and similarities[0] == pytest.approx(1, abs=1e-3)
+    assert execute(command(folder, model, f"report={tmp_path}/report", "k=3")) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| search | recall@3 | ms a query, one thread |" in page and page.count("probes") == 5
+    recalls = [float(line.split("|")[2]) for line in page.splitlines() if "probes" in line]
+    assert recalls == sorted(recalls) and recalls[-1] == 1.0
+    assert page.count("neighbours_") == 12
