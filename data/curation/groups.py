@@ -1,6 +1,6 @@
 """Groups of samples that are pairwise alike, and the best of each."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,34 +19,6 @@ class Groups:
     first: np.ndarray
     rank: np.ndarray
     alone: np.ndarray
-
-
-class DisjointSets:
-    """Union-find over the samples 0 .. N-1, by smallest member (Tarjan 1975, with path halving).
-
-    Args:
-        count: N.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._parent = list(range(count))
-
-    def find(self, sample: int) -> int:
-        """The smallest member of the sample's group."""
-        parent = self._parent
-        while parent[sample] != sample:
-            parent[sample] = sample = parent[parent[sample]]
-        return sample
-
-    def join(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Put each pair into one group."""
-        for a, b in pairs:
-            first, second = self.find(a), self.find(b)
-            self._parent[max(first, second)] = min(first, second)
-
-    def firsts(self) -> np.ndarray:
-        """(N,) int64, the smallest member of each sample's group."""
-        return np.fromiter((self.find(i) for i in range(len(self._parent))), np.int64, len(self._parent))
 
 
 def rank_groups(first: np.ndarray, keys: Sequence[np.ndarray]) -> Groups:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import xxhash
 
-from data.curation.groups import DisjointSets
+from data.curation.groups import connect
 from data.curation.sharpness import shrink
 
 _STRIDE = 32  # the sides of the networks' inputs are multiples of it
@@ -64,48 +64,87 @@ class Components(TextDetector):
 def _shapes(difference: np.ndarray, grey: np.ndarray, edges: np.ndarray, contrast: int) -> np.ndarray:
     """(N, 6): left, top, width, height, brightness and stroke of connected shapes that may be letters."""
     _, mask = cv2.threshold(difference, contrast // 3, 1, cv2.THRESH_BINARY)
-    count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask, connectivity=8, ltype=cv2.CV_32S)
-    _, _, width, height, area = boxes.T
+    count, labels = cv2.connectedComponents(mask, connectivity=8, ltype=cv2.CV_32S)
+    row, start, end = _runs(mask)
+    first = row * mask.shape[1] + start  # number of a run's first pixel
+    owner = labels.ravel().take(first)
+    left, top, width, height, area = _boxes(row, start, end, owner, count)
     candidate = (height >= 7) & (height <= grey.shape[0] / 3) & (area >= 12)
     candidate &= (width <= 3 * height) & (12 * width >= height) & (area > 0.12 * width * height)
-    candidate[0] = False  # the ground
-    depth = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
-    inside = mask.view(bool)
-    rim = np.flatnonzero(inside & (depth < 1.5))
-    owner = labels.ravel()[rim]
-    candidate &= np.bincount(owner, edges.ravel()[rim], count) > contrast * np.bincount(owner, minlength=count)
-    pixels = np.flatnonzero(inside)
-    owner = labels.ravel()[pixels]
-    of_candidates = np.flatnonzero(candidate[owner])
-    pixels, owner = pixels[of_candidates], owner[of_candidates]
-    chosen = np.flatnonzero(candidate)
+
+    rim = np.flatnonzero(mask != cv2.erode(mask, np.ones((3, 3), np.uint8)))
+    steepness = np.bincount(labels.ravel().take(rim), edges.ravel().take(rim).astype(np.int16) - contrast, count)
+    candidate &= steepness > 0
+    if np.count_nonzero(candidate) < 3:  # too few for a row
+        return np.empty((0, 6))
+
+    chosen, run = np.flatnonzero(candidate), np.flatnonzero(candidate.take(owner))
+    band = slice(max(0, top[chosen].min() - 1), (top + height)[chosen].max() + 1)  # rows of them and of their ground
+    depth = cv2.distanceTransform(mask[band], cv2.DIST_L2, 3)
+    length = end[run] - start[run]
+    pixels, owner = _ranges(first[run] - band.start * mask.shape[1], length), np.repeat(owner[run], length)
     brightness, stroke = (
-        np.bincount(owner, values.ravel()[pixels], count)[chosen] / area[chosen] for values in (grey, depth)
+        np.bincount(owner, values.ravel().take(pixels), count)[chosen] / area[chosen] for values in (grey[band], depth)
     )
-    return np.column_stack([boxes[chosen, :4], brightness, stroke])
+    return np.column_stack([left[chosen], top[chosen], width[chosen], height[chosen], brightness, stroke])
+
+
+def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, first column and the column past the last one of each horizontal run of ones in a (H, W) mask of 0 and 1."""
+    padded = cv2.copyMakeBorder(mask, 0, 1, 1, 0, cv2.BORDER_CONSTANT).ravel()  # so that each run ends in its row
+    change = np.flatnonzero(padded[1:] != padded[:-1])
+    length = mask.shape[1] + 1
+    row = change[::2] // length
+    before = row * length
+    return row, change[::2] - before, change[1::2] - before
+
+
+def _boxes(
+    row: np.ndarray, start: np.ndarray, end: np.ndarray, owner: np.ndarray, count: int
+) -> tuple[np.ndarray, ...]:
+    """(count,) left, top, width, height and area of shapes, from the runs that they own. It takes a third of the time
+    that OpenCV's own count of them takes, which goes pixel by pixel."""
+    left, top = np.full((2, count), np.iinfo(np.int32).max)
+    right, bottom = np.zeros((2, count), np.int64)
+    np.minimum.at(left, owner, start)
+    np.minimum.at(top, owner, row)
+    np.maximum.at(right, owner, end)
+    np.maximum.at(bottom, owner, row + 1)
+    return left, top, right - left, bottom - top, np.bincount(owner, end - start, count)
+
+
+def _ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """start[0], start[0] + 1, ... start[0] + length[0] - 1, start[1], ...: one after the other."""
+    end = np.cumsum(length)
+    return np.arange(end[-1] if len(end) else 0) + np.repeat(start - end + length, length)
 
 
 def _rows(shapes: np.ndarray) -> np.ndarray:
     """(M, 4): left, top, right and bottom of rows of at least three shapes that look like each other."""
-    shapes = shapes[np.argsort(shapes[:, 0], kind="stable")]
-    left, top, width, height, brightness, stroke = shapes.T
-    lower, higher = np.minimum.outer(height, height), np.maximum.outer(height, height)
-    gap = left[None] - (left + width)[:, None]
-    beside = (gap < higher) & (gap > -0.3 * higher) & (left[None] > left[:, None])
-    overlap = np.minimum.outer(top + height, top + height) - np.maximum.outer(top, top)
-    alike = (overlap > 0.6 * lower) & (higher < 2.2 * lower) & (abs(np.subtract.outer(brightness, brightness)) < 25)
-    alike &= np.maximum.outer(stroke, stroke) < 1.6 * np.minimum.outer(stroke, stroke)
-    sets = DisjointSets(len(shapes))
-    sets.join(zip(*(places.tolist() for places in np.nonzero(beside & alike)), strict=True))
-    rows = []
-    firsts = sets.firsts()
-    for first in np.flatnonzero(np.bincount(firsts, minlength=1) >= 3):
-        x, y, w, h = shapes[firsts == first, :4].T
-        box = x.min(), y.min(), (x + w).max(), (y + h).max()
-        tall = box[3] - box[1]
-        if tall < 2 * h.max() and box[2] - box[0] > 1.5 * tall:
-            rows.append(box)
-    return np.array(rows).reshape(-1, 4)
+    if len(shapes) < 3:
+        return np.empty((0, 4))
+    left, top, width, height, brightness, stroke = shapes[np.argsort(shapes[:, 0], kind="stable")].T.copy()
+    right, bottom = left + width, top + height
+    # Pairs of a shape and one to its right that is near enough, as no shape goes with one of 2.2 times its height.
+    follower = np.searchsorted(left, left, "right")
+    count = np.searchsorted(left, right + 2.2 * height) - follower
+    a, b = np.repeat(np.arange(len(left)), count), _ranges(follower, count)
+    lower, higher = np.minimum(height[a], height[b]), np.maximum(height[a], height[b])
+    gap = left[b] - right[a]
+    overlap = np.minimum(bottom[a], bottom[b]) - np.maximum(top[a], top[b])
+    alike = (gap < higher) & (gap > -0.3 * higher) & (overlap > 0.6 * lower) & (higher < 2.2 * lower)
+    alike &= abs(brightness[a] - brightness[b]) < 25
+    alike &= np.maximum(stroke[a], stroke[b]) < 1.6 * np.minimum(stroke[a], stroke[b])
+    first = np.arange(len(left))
+    connect(first, a[alike], b[alike])
+
+    order, size = np.argsort(first, kind="stable"), np.bincount(first)
+    size = size[size > 0]
+    starts = np.cumsum(size) - size
+    left, top = (np.minimum.reduceat(values[order], starts) for values in (left, top))
+    right, bottom, tallest = (np.maximum.reduceat(values[order], starts) for values in (right, bottom, height))
+    rows = (size >= 3) & (bottom - top < 2 * tallest) & (right - left > 1.5 * (bottom - top))
+    return np.column_stack([left, top, right, bottom])[rows]
 
 
 class _Network(TextDetector):

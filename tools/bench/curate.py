@@ -44,8 +44,8 @@ def run(
     """Samples per second and their ratio to the alternative's, by measurement: medians of alternating measurements, in
     CPU seconds of one thread.
 
-    sharpness ... cuts  a filter against bare library calls. `text_area` is held against the OpenCV calls that it makes,
-                        which find shapes but no text; `text_area_mser` against OpenCV's own detector of like regions.
+    sharpness ... cuts  a filter against bare library calls. `text_area` is held against OpenCV's calls for the shapes
+                        that it chooses from; `text_area_mser` against OpenCV's own detector of like regions.
     pictures            a pass of all filters of pictures against one pass for each; likewise `videos`
     parts               a pass over clips within videos, by motion and sharpness, against the videos as a whole
     stills              a filter of pictures over videos against decoding them whole, in bare PyAV

@@ -63,8 +63,8 @@ def content_hash(data: bytes) -> bytes:
 
 
 def components(pixels: np.ndarray) -> int:
-    """The OpenCV calls that our detector makes; it then has to choose letters among the shapes and to join them to
-    rows, which no library does."""
+    """OpenCV's calls for what our detector knows of a picture's shapes: boxes and areas, edges and strokes. It then has
+    to choose letters among them and to join these to rows, which no library does."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     ground = cv2.blur(grey, (65, 65), borderType=cv2.BORDER_REPLICATE)
     cv2.morphologyEx(grey, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))

@@ -13,7 +13,7 @@ from shard_files import write_tar
 
 from data.curate import curate
 from data.curation.duplicates import Duplicates
-from data.curation.groups import DisjointSets, gather, rank_groups
+from data.curation.groups import connect, gather, rank_groups
 from data.curation.hamming import BITS, HammingIndex, choose_chunks
 from data.curation.hashes import ContentHash, PerceptualHash
 from data.index import ensure_indexed
@@ -70,10 +70,10 @@ def test_a_search_compares_few_and_the_fewer_the_more_there_are():
 
 
 def test_groups_are_connected_and_ranked():
-    sets = DisjointSets(7)
-    sets.join([(5, 2), (2, 6), (3, 1)])
-    assert sets.firsts().tolist() == [0, 1, 2, 1, 4, 2, 2]
-    groups = rank_groups(sets.firsts(), [np.array([0, np.nan, 1, 0, 0, 2, 1]), np.array([0, 0, 1, 0, 0, 0, 2])])
+    first = np.arange(7)
+    connect(first, np.array([5, 2, 3]), np.array([2, 6, 1]))
+    assert first.tolist() == [0, 1, 2, 1, 4, 2, 2]
+    groups = rank_groups(first, [np.array([0, np.nan, 1, 0, 0, 2, 1]), np.array([0, 0, 1, 0, 0, 0, 2])])
     assert groups.rank.tolist() == [0, 1, 2, 0, 0, 0, 1]
     assert groups.alone.tolist() == [True, False, False, False, True, False, False]
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from drawn import media, natural
 from onnx_file import write_convolution
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from data.curation.text_area import TextArea, covered
-from data.curation.text_detectors import CharacterMaps, Components, ProbabilityMap
+from data.curation.text_detectors import CharacterMaps, Components, ProbabilityMap, _boxes, _rows, _runs
 
 FONTS = [cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_TRIPLEX, cv2.FONT_HERSHEY_COMPLEX]
 WORDS = [
@@ -78,6 +80,55 @@ def test_shapes_that_are_no_text_are_not_counted():
     cv2.rectangle(pixels, (200, 40), (380, 150), (10, 120, 10), cv2.FILLED)
     cv2.line(pixels, (0, 299), (399, 180), (0, 0, 0), 3)
     assert TextArea(Components()).score([media(pixels)])[0]["text_area"] == 0
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 1.0])
+def test_boxes_of_shapes_are_those_that_opencv_counts(share):
+    rng = np.random.default_rng(0)
+    for size in ((1, 1), (1, 40), (40, 1), (30, 51)):
+        mask = (rng.random(size) < share).astype(np.uint8)
+        count, labels, expected, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+        row, start, end = _runs(mask)
+        found = np.column_stack(_boxes(row, start, end, labels[row, start], count))
+        assert found[1:].tolist() == expected[1:].tolist()  # 0 is the ground
+
+
+def follows(a: list[float], b: list[float]) -> bool:
+    """Whether shape b may stand in a row to the right of shape a."""
+    (left, top, width, height, brightness, stroke), other = a, b
+    higher, lower = max(height, other[3]), min(height, other[3])
+    return (
+        other[0] > left
+        and -0.3 * higher < other[0] - left - width < higher < 2.2 * lower
+        and min(top + height, other[1] + other[3]) - max(top, other[1]) > 0.6 * lower
+        and abs(brightness - other[4]) < 25
+        and max(stroke, other[5]) < 1.6 * min(stroke, other[5])
+    )
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 40, 300])
+def test_rows_are_those_of_all_pairs_of_shapes(count):
+    rng = np.random.default_rng(count)
+    lines = 20 * rng.integers(0, 10, count)
+    shapes = np.column_stack(
+        [
+            rng.integers(0, 2 * count + 1, count),
+            lines + rng.integers(0, 5, count),
+            rng.integers(5, 13, (2, count)).T,
+            rng.integers(0, 40, count),
+            rng.uniform(1, 2, count),
+        ]
+    )
+    alike = np.array([[follows(a, b) for b in shapes.tolist()] for a in shapes.tolist()]).reshape(count, count)
+    _, group = connected_components(csr_array(alike), directed=False) if count else (0, np.zeros(0, int))
+    expected = []
+    for members in (shapes[group == one] for one in range(count)):
+        if len(members) >= 3:
+            left, top = members[:, :2].min(0)
+            right, bottom = (members[:, :2] + members[:, 2:4]).max(0)
+            if bottom - top < 2 * members[:, 3].max() and right - left > 1.5 * (bottom - top):
+                expected.append([left, top, right, bottom])
+    assert sorted(_rows(shapes).tolist()) == sorted(expected) and (len(expected) > 1 or count < 40)
 
 
 def test_overlapping_boxes_count_once():
