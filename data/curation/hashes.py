@@ -111,8 +111,9 @@ def _part(pixels: np.ndarray, share: float, down: float, right: float) -> np.nda
 def _dct_hash(grey: np.ndarray) -> int:
     small = cv2.resize(grey, (_GRID, _GRID), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8].ravel()
-    # The first coefficient is the mean brightness, far from all others.
-    return int(np.packbits(low > np.median(low[1:])).view(np.uint64)[0])
+    # The first coefficient is the mean brightness, far from all others. The median of these is the 32nd of 63, which
+    # numpy's own takes ten times as long to say.
+    return int(np.packbits(low > np.partition(low[1:], 31)[31]).view(np.uint64)[0])
 
 
 def _fields(pixels: np.ndarray) -> bytes:
