@@ -115,13 +115,13 @@ def sd1(folder: Path, scheduler: str = "pndm", kind: str = "StableDiffusionPipel
     return folder / "sd1"
 
 
-def sdxl(folder: Path, scheduler: str = "euler") -> Path:
-    """Stable Diffusion XL."""
+def sdxl(folder: Path, scheduler: str = "euler", kind: str = "StableDiffusionXLPipeline", **options: Any) -> Path:
+    """Stable Diffusion XL; `in_channels=9`: the inpainting model."""
     torch.manual_seed(1)
     save_clip(folder / "parts", "", width=8, projection=8, act="quick_gelu")
     save_clip(folder / "parts", "_2", width=12, projection=10, act="gelu")
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        unet=unet(20, projection_class_embeddings_input_dim=10 + 6 * 8, **SDXL_UNET),
+    pipeline = getattr(diffusers, kind)(
+        unet=unet(20, projection_class_embeddings_input_dim=10 + 6 * 8, **SDXL_UNET, **options),
         vae=autoencoder(scaling_factor=0.13025),
         scheduler=SCHEDULERS[scheduler](),
         add_watermarker=False,
@@ -135,6 +135,11 @@ def sdxl(folder: Path, scheduler: str = "euler") -> Path:
 def inpainting(folder: Path) -> Path:
     """Stable Diffusion 1's inpainting model."""
     return sd1(folder, "ddim", "StableDiffusionInpaintPipeline", in_channels=9)
+
+
+def sdxl_inpainting(folder: Path) -> Path:
+    """SDXL's inpainting model."""
+    return sdxl(folder, "euler", "StableDiffusionXLInpaintPipeline", in_channels=9)
 
 
 def editing(folder: Path) -> Path:

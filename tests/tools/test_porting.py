@@ -33,7 +33,11 @@ KINDS = {
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 # What reads a picture beside the latent.
-BESIDE = {"inpainting": tiny_pipelines.inpainting, "editing": tiny_pipelines.editing}
+BESIDE = {
+    "inpainting": tiny_pipelines.inpainting,
+    "sdxl_inpainting": tiny_pipelines.sdxl_inpainting,
+    "editing": tiny_pipelines.editing,
+}
 
 
 @pytest.fixture(scope="module")
