@@ -6,13 +6,8 @@ backward pass (prologue, reduction, epilogue) is what this module calls instead.
 """
 
 import contextlib
-import logging
-import os
-import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer.engines import networks as shared
 from trainer.engines.base import Shard, StepResult, boxes_of_range, storage_bytes
+from trainer.engines.deepspeed_start import start_deepspeed
 from trainer.engines.networks import Precision
 from trainer.engines.optimizer import (
     MOMENTS,
@@ -232,7 +228,7 @@ class _Zero:
 
         self.name, self.network, self.stage, self.offload = name, network, config.stage, config.offload
         self.device = device
-        _start_deepspeed(device)
+        start_deepspeed(device)
         network.requires_grad_(True).train()
         if config.compile:
             shared.compile_blocks(network)
@@ -410,19 +406,6 @@ def _gather_for_every_backward(network: nn.Module) -> None:
     """
     for module in network.modules():
         module.applied_pre_backward_ref_cnt = 1 << 60  # type: ignore[assignment]
-
-
-def _start_deepspeed(device: torch.device) -> None:
-    """DeepSpeed on top of the process group that there is."""
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # It compiles its CPU collectives at first use, with the ninja of this environment.
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def live_elements(network: nn.Module) -> int:
