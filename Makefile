@@ -16,9 +16,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m tools.demo
 
-# Two files of tests at a time, since many a test waits.
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=30 -m "not slow and not cluster" tests
+	$(BIN)/python -m pytest -q --durations=30 -m "not slow and not cluster" tests
 
 # The longest: runs that are killed again and again, studies, intervals held against hundreds of fits.
 test-slow: install

@@ -116,6 +116,7 @@ def test_a_signal_lets_the_ranks_save_and_the_run_goes_on_as_if_undisturbed(laun
     assert [row["loss"] for row in again.rows()] == undisturbed
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_one_ends_all_at_once(launched):
     # A step that never ends, as soon as one has been taken: only the second Ctrl-C can help.
     run = launched("impatient", "objective._target_=tests.trainer.faulty.StuckAt", "+objective.steps=[3]")
@@ -139,6 +140,7 @@ def test_ranks_save_and_leave_when_their_launcher_is_killed(launched):
     assert len(run.rows()) < STEPS
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_while_stopping_is_told_and_not_started_again(launched):
     run = launched("failing", "cluster.restarts=3")
     run.wait_for_rows(5)
@@ -165,6 +167,7 @@ def test_the_command_ends_with_the_status_of_the_rank_that_failed(folder):
     assert status("data", f"data.sources.scenes.shards={folder}/nowhere") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_started_again_as_often_as_asked(launched, tmp_path):
     fails = ["objective._target_=tests.trainer.faulty.FailsOnceAt", "+objective.steps=[3]"]
     run = launched("restarted", "cluster.restarts=1", *fails, f"+objective.marker={tmp_path}/failed", "steps=5")

@@ -41,6 +41,7 @@ def f1_by_kind(videos: list[Edited], found: list[list[int]]) -> dict[str, float]
     return {kind: 2 * right[kind] / (there[kind] + right[kind] + wrong) for kind in right}
 
 
+@pytest.mark.slow
 def test_cuts_fades_and_dissolves_are_found_among_motion_flashes_and_changes_of_light():
     videos = [edited(seed) for seed in range(200, 224)]
     assert all(sum(len(video.cuts[kind]) for video in videos) >= 10 for kind in videos[0].cuts)

@@ -117,6 +117,7 @@ def write_variants(folder: Path, originals: int) -> dict[str, int]:
     return shows
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_found_and_the_best_is_kept(tmp_path):
     shows = write_variants(tmp_path, 300)
     store = Store()

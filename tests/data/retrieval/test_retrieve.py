@@ -138,6 +138,7 @@ def test_what_is_done_is_skipped_and_what_changed_done_again(tmp_path, model):
     assert Database(folder).rows == 17 and not (folder / "img_emb" / "img_emb_00003.npy").exists()
 
 
+@pytest.mark.slow
 def test_tasks_and_kills_end_with_the_same_files(tmp_path, model):
     shards = write_shards(tmp_path / "shards", 4)
     index = ["index.kind=ivf_flat", "index.cells=4", "embedding.batch=4"]

@@ -30,6 +30,7 @@ def estimated(*overrides: str, ranks: int = 2) -> Estimate:
     return estimate(compose("train", [*SMALL, *overrides]), ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
