@@ -17,6 +17,8 @@ from tools import cli
 from trainer.checkpoint import load_weights
 
 EXPERIMENT = {"kl": "ldm/autoencoder_kl_f8", "vq": "ldm/autoencoder_vq_f4"}
+# A code that is another by a rounding changes all that follows, the more the larger the steps.
+RATE = {"kl": 1e-3, "vq": 1e-4}
 COMPARED = ("loss", "grad_norm", "discriminate/loss", "discriminate/grad_norm", "autoencode/adaptive_weight")
 COMPARED += ("val/loss", "val/psnr", "val/ssim", "val/codebook_use", "val/perplexity")
 
@@ -27,7 +29,7 @@ def train(world: int, folder: Path, name: str, kind: str, *overrides: str) -> li
         folder,
         *(f"experiment={EXPERIMENT[kind]}", "scale=tiny", f"name={name}"),
         *(f"data.sources.scenes.shards={folder}/scenes", "data.holdout=0.2", "objective.adversarial_start=1"),
-        *("validation.every=2", "validation.samples=10", "schedule.warmup=0", "schedule.lr=1e-3"),
+        *("validation.every=2", "validation.samples=10", "schedule.warmup=0", f"schedule.lr={RATE[kind]}"),
         *overrides,
     )
 
