@@ -159,6 +159,8 @@ def make_database(
         remove_leftovers(str(inside))
     recipe, names = embedding.recipe(), part_names(len(manifests))
     if not all(is_done(m, folder, name, recipe) for m, name in zip(manifests, names, strict=True)):
+        for path in (told_path(folder), *(index_path(folder, side) for side in SIDES)):
+            path.unlink(missing_ok=True)  # they are of the parts that there were
         work = partial(embed_shards, manifests, folder, embedding, recipe, store, max_errors)
         run_tasks(work, tasks, tasks.totals([m.rows for m in manifests]), "embed", log)
     if tasks.task is not None:

@@ -140,7 +140,7 @@ class IndexBuilder:
     def __init__(self, database: Database, side: Side, settings: IndexSettings) -> None:
         self.database, self.side, self.settings = database, side, settings
         self.plan = plan_index(database.rows, database.width, settings)
-        told = [asdict(settings), database.told.get("parts"), side]
+        told = [asdict(settings), *(database.told.get(key) for key in ("recipe", "parts")), side]
         self.identity = xxhash.xxh3_64_hexdigest(json.dumps(told, sort_keys=True).encode())
         self._work = database.folder / f"{side}.index.work"
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from shard_files import picture, write_tar
 
+from conf.errors import ConfigError
 from data.retrieval.database import Database
 from data.retrieval.embedding import Embedding, Patches
 from data.retrieval.field import Neighbours
@@ -136,6 +137,29 @@ def test_what_is_done_is_skipped_and_what_changed_done_again(tmp_path, model):
         path.unlink()
     assert execute(command(folder, model, *more)) == 0
     assert Database(folder).rows == 17 and not (folder / "img_emb" / "img_emb_00003.npy").exists()
+
+
+def test_another_model_makes_another_index(tmp_path, model):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    other = save_clip(tmp_path / "other", seed=1)
+    more = [f"shards={shards}", f"neighbours_of={shards}", "k=3", "index.kind=ivf_flat", "index.cells=4"]
+    assert execute(command(folder, model, *more)) == 0
+    first = Database(folder).vectors(np.arange(17))
+    assert execute(command(folder, other, *more)) == 0
+    database = Database(folder)
+    vectors = database.vectors(np.arange(17))
+    assert np.abs(vectors - first).max() > 0.1
+    found, similarities = Searcher(database)(vectors, 1)
+    assert found[:, 0].tolist() == list(range(17)) and similarities.min() > 0.999
+
+
+def test_no_index_of_earlier_parts_outlives_a_kill(tmp_path, model):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}")) == 0
+    write_tar(shards / "00001.tar", [(f"key{n:04d}.png", picture(50, 50, form="PNG", seed=99 + n)) for n in range(6)])
+    assert execute(command(folder, model, f"shards={shards}", "cluster.tasks=3", "cluster.task=1")) == 0
+    with pytest.raises(ConfigError, match=r"image\.index is missing"):
+        Searcher(Database(folder))
 
 
 @pytest.mark.slow
