@@ -26,7 +26,7 @@ from data.retrieval.database import (
     metadata_path,
     told_path,
 )
-from data.retrieval.embedding import Embedding, embed_shards, is_done, part_names
+from data.retrieval.embedding import Embedding, PartWriter, part_names
 from data.retrieval.index import IndexBuilder, IndexSettings, Searcher
 from data.retrieval.neighbours import due, find_neighbours, recipe_of
 from data.store import Store, redact, remove_leftovers
@@ -158,11 +158,11 @@ def make_database(
     for inside in (folder, *(path for path in folder.glob("*") if path.is_dir())):
         remove_leftovers(str(inside))
     recipe, names = embedding.recipe(), part_names(len(manifests))
-    if not all(is_done(m, folder, name, recipe) for m, name in zip(manifests, names, strict=True)):
+    writer = PartWriter(folder, embedding, store, max_errors)
+    if not all(writer.is_done(m, name) for m, name in zip(manifests, names, strict=True)):
         for path in (told_path(folder), *(index_path(folder, side) for side in SIDES)):
             path.unlink(missing_ok=True)  # they are of the parts that there were
-        work = partial(embed_shards, manifests, folder, embedding, recipe, store, max_errors)
-        run_tasks(work, tasks, tasks.totals([m.rows for m in manifests]), "embed", log)
+        run_tasks(partial(writer.write_all, manifests), tasks, tasks.totals([m.rows for m in manifests]), "embed", log)
     if tasks.task is not None:
         return
     _remove_others(folder, names, embedding.sides)

@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from data.curation.base import Media
 from data.curation.clip import Embedder, shared_embedder
 from data.curation.media import read_media
 from data.curation.pretrained import Device, Dtype, fingerprint, model_folder
+from data.decode import decode_image
 from data.hashing import mix64, text64
 from data.manifest import Manifest
 from data.parquet import to_parquet, told_at
@@ -109,34 +111,89 @@ class Embedding:
         }
 
 
+def embed_query(query: str, embedder: Embedder) -> np.ndarray:
+    """The embedding, (1, d), of a text, or of the picture whose file it names.
+
+    Raises:
+        DecodeError: the picture is damaged.
+        ValueError: the model embeds pictures only.
+    """
+    path = Path(query)
+    if path.suffix and path.is_file():
+        return embedder.images([decode_image(path.read_bytes()).pixels])
+    return embedder.texts([query])
+
+
 def part_names(count: int) -> list[str]:
     """The numbers of so many parts, as files have them: alphabetical order is that of numbers."""
     return [f"{i:0{max(5, len(str(count - 1)))}d}" for i in range(count)]
 
 
-def is_done(manifest: Manifest, folder: Path, part: str, recipe: dict[str, Any]) -> bool:
-    """Whether a part holds what this shard's would."""
-    told = told_at(str(metadata_path(folder, part)), Store())
-    return told.get("recipe") == recipe and told.get("shard") == manifest.digest
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes a database's parts.
 
+    Args:
+        folder: of the database.
+        embedding: how pictures become embeddings.
+        store: where the shards lie.
+        max_errors: share of a shard's samples that may have no picture to embed.
+    """
 
-def embed_shards(
-    manifests: Sequence[Manifest],
-    folder: Path,
-    embedding: Embedding,
-    recipe: dict[str, Any],
-    store: Store,
-    max_errors: float,
-    task: Task,
-) -> None:
-    """What one task does: embed its own shards, those that are not done."""
-    names = part_names(len(manifests))
-    for i in task.own(range(len(manifests))):
-        manifest = manifests[i]
-        if is_done(manifest, folder, names[i], recipe):
-            task.skip(manifest.rows)
-        else:
-            _embed_shard(manifest, folder, names[i], embedding, recipe, store, max_errors, task)
+    folder: Path
+    embedding: Embedding
+    store: Store
+    max_errors: float
+
+    def is_done(self, manifest: Manifest, part: str) -> bool:
+        """Whether a part holds what this shard's would."""
+        told = told_at(str(metadata_path(self.folder, part)), Store())
+        return told.get("recipe") == self._recipe and told.get("shard") == manifest.digest
+
+    def write_all(self, manifests: Sequence[Manifest], task: Task) -> None:
+        """What one task does: write the parts of its own shards, those that are not done.
+
+        Raises:
+            ValueError: too many of a shard's samples cannot be embedded.
+            StoreError: a store fails.
+        """
+        names = part_names(len(manifests))
+        for i in task.own(range(len(manifests))):
+            if self.is_done(manifests[i], names[i]):
+                task.skip(manifests[i].rows)
+            else:
+                self._write(manifests[i], names[i], task)
+
+    def _write(self, manifest: Manifest, part: str, task: Task) -> None:
+        rows: list[dict[str, Any]] = []
+        vectors: dict[Side, list[np.ndarray]] = {side: [] for side in self.embedding.sides}
+        failed: Counter[str] = Counter()
+        for samples, found, of_found, errors in embedded(manifest, self.embedding, self.store):
+            rows += found
+            failed += errors
+            for side, array in of_found.items():
+                vectors[side].append(array.astype(np.float16))
+            task.advance(len(samples), errors)
+        if failed.total() > self.max_errors * manifest.rows:
+            reason, count = failed.most_common(1)[0]
+            raise ValueError(
+                f"{failed.total()} of the {manifest.rows} samples of {redact(manifest.shard)} cannot be embedded, more"
+                f" than max_errors={self.max_errors} allows: {count} times {reason}. Raise max_errors to go on without"
+                " them"
+            )
+        path = metadata_path(self.folder, part)
+        path.unlink(missing_ok=True)  # it would tell that the part is whole
+        nothing = np.zeros((0, self.embedding.embedder().width), np.float16)
+        for side, arrays in vectors.items():
+            buffer = io.BytesIO()
+            np.save(buffer, np.concatenate([nothing, *arrays]))
+            Store().write(str(embedding_path(self.folder, side, part)), buffer.getvalue())
+        told = {"recipe": self._recipe, "shard": manifest.digest, "errors": dict(failed)}
+        Store().write(str(path), to_parquet(_table(rows), told))
+
+    @cached_property
+    def _recipe(self) -> dict[str, Any]:
+        return self.embedding.recipe()
 
 
 def embedded(
@@ -175,41 +232,6 @@ def embedded(
                 vectors["text"] = embedder.texts([one["caption"] or "" for one in rows])
         yield samples, rows, vectors, failed
         row += len(samples)
-
-
-def _embed_shard(
-    manifest: Manifest,
-    folder: Path,
-    part: str,
-    embedding: Embedding,
-    recipe: dict[str, Any],
-    store: Store,
-    max_errors: float,
-    task: Task,
-) -> None:
-    rows: list[dict[str, Any]] = []
-    vectors: dict[Side, list[np.ndarray]] = {side: [] for side in embedding.sides}
-    failed: Counter[str] = Counter()
-    for samples, found, of_found, errors in embedded(manifest, embedding, store):
-        rows += found
-        failed += errors
-        for side, array in of_found.items():
-            vectors[side].append(array.astype(np.float16))
-        task.advance(len(samples), errors)
-    if failed.total() > max_errors * manifest.rows:
-        reason, count = failed.most_common(1)[0]
-        raise ValueError(
-            f"{failed.total()} of the {manifest.rows} samples of {redact(manifest.shard)} cannot be embedded, more than"
-            f" max_errors={max_errors} allows: {count} times {reason}. Raise max_errors to go on without them"
-        )
-    metadata_path(folder, part).unlink(missing_ok=True)  # it would tell that the part is whole
-    width = embedding.embedder().width
-    for side, arrays in vectors.items():
-        buffer = io.BytesIO()
-        np.save(buffer, np.concatenate(arrays) if arrays else np.zeros((0, width), np.float16))
-        Store().write(str(embedding_path(folder, side, part)), buffer.getvalue())
-    told = {"recipe": recipe, "shard": manifest.digest, "errors": dict(failed)}
-    Store().write(str(metadata_path(folder, part)), to_parquet(_table(rows), told))
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:

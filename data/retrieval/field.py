@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from conf.errors import ConfigError
-from data.decode import decode_image
 from data.fields import Field, Origin
 from data.manifest import Manifest
 from data.members import ContentError
@@ -97,13 +95,9 @@ class Neighbours(Field):
             if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.opened.rows:
                 raise ValueError(f"rows from 0 to {self.opened.rows - 1} of {self.database}")
             return self._tokens(self.opened.vectors(ids[: self.k]))
-        path = Path(text)
-        embedder = self._embedder
-        asked = (
-            embedder.images([decode_image(path.read_bytes()).pixels])
-            if path.suffix and path.is_file()
-            else embedder.texts([text])
-        )
+        from data.retrieval.embedding import embed_query  # with it come torch's models, which training does without
+
+        asked = embed_query(text, self._embedder)
         (ids,), _ = self._searcher(asked, min(self.k, self.opened.rows))
         found = self.opened.vectors(ids[ids >= 0])
         return self._tokens(np.concatenate([asked, found]) if self.query else found)

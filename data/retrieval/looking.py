@@ -3,18 +3,16 @@ index in time."""
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from conf.errors import ConfigError
 from data.curation.embeddings import faiss_threads
 from data.curation.sheets import Sheets
-from data.decode import decode_image
 from data.index import ensure_indexed
 from data.page import Page
 from data.retrieval.database import Database, Side
-from data.retrieval.embedding import Embedding
+from data.retrieval.embedding import Embedding, embed_query
 from data.retrieval.index import Searcher, brute_force, recall_of
 from data.store import Store
 
@@ -53,12 +51,7 @@ class Shelf:
 
 def answer(query: str, searcher: Searcher, embedding: Embedding, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and cosines, (k,) each, of the pictures nearest to a text, or to the picture whose file it names."""
-    embedder, path = embedding.embedder(), Path(query)
-    if path.suffix and path.is_file():
-        asked = embedder.images([decode_image(path.read_bytes()).pixels])
-    else:
-        asked = embedder.texts([query])
-    (ids,), (similarities,) = searcher(asked, k)
+    (ids,), (similarities,) = searcher(embed_query(query, embedding.embedder()), k)
     return ids[ids >= 0], similarities[ids >= 0]
 
 
