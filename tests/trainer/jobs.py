@@ -29,14 +29,17 @@ SMALL = [
 ]
 
 
-def train_on(world: int, folder: Path, *overrides: str, small: Sequence[str] = SMALL) -> list[dict]:
+def train_on(
+    world: int, folder: Path, *overrides: str, small: Sequence[str] = SMALL, timeout_s: float = 300
+) -> list[dict]:
     """Train a run of `folder` to its end on so many ranks; the rows of its metrics.jsonl. `name=` is an override.
 
     Args:
         small: what makes it so; QUICK leaves the networks to the overrides.
+        timeout_s: that ranks may take.
     """
     shared = [f"runs={folder}/runs", f"data.cache_folder={folder}/cache"]
-    ranks(world).run(_train, [*small, *shared, *overrides])
+    ranks(world).run(_train, [*small, *shared, *overrides], timeout_s=timeout_s)
     (name,) = (value.removeprefix("name=") for value in overrides if value.startswith("name="))
     return read_jsonl(folder / "runs" / name / "metrics.jsonl")
 

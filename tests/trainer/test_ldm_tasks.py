@@ -1,24 +1,16 @@
 """Latent diffusion's tasks at tiny scale on two ranks: trained under both engines, resumed to the bit, sampled from."""
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
-from conf.compose import compose
-from conf.schema import check
-from data.run_directory import read_jsonl
-from tests.trainer.ranks import ranks
+from tests.trainer.jobs import train_on
 from tests.trainer.task_tars import write_task_tars
 from tools import cli
 from trainer.checkpoint import load_weights
-from trainer.config import preflight
-from trainer.distributed import World
-from trainer.train import Config, train
 
 TINY = [
     *("scale=tiny", "log.wandb=null", "rehearse=false", "data.holdout=0.2", "data.log_keys=true", "data.flip=true"),
@@ -57,18 +49,8 @@ def folder(tmp_path_factory) -> Path:
 
 def run(world: int, folder: Path, name: str, *overrides: str) -> list[dict]:
     """Train; rows of metrics.jsonl."""
-    places = [f"data.sources.drawn.shards={folder}/tars", f"runs={folder}/runs", f"data.cache_folder={folder}/cache"]
-    ranks(world).run(_train, [*TINY, *places, f"name={name}", *overrides], timeout_s=900)
-    return read_jsonl(folder / "runs" / name / "metrics.jsonl")
-
-
-def _train(overrides: list[str]) -> None:
-    config = compose("train", overrides)
-    check(config, Config)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    preflight(config, size)
-    with ExitStack() as resources:
-        train(config, World(rank, size, rank, torch.device("cpu"), launched=False), resources)
+    source = f"data.sources.drawn.shards={folder}/tars"
+    return train_on(world, folder, f"name={name}", source, *overrides, small=TINY, timeout_s=900)
 
 
 @pytest.mark.slow

@@ -1,33 +1,25 @@
 """Training with neighbours: on two ranks, under both engines, resumed to the bit, on other ranks; sampled from another
 database."""
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
-from conf.compose import compose
 from conf.errors import ConfigError
-from conf.schema import check
 from data.fields import Origin
 from data.index import ensure_indexed
 from data.retrieval.database import Database
 from data.retrieval.field import Neighbours
-from data.run_directory import read_jsonl
 from data.store import Store
 from data.transforms import Geometry
 from tests.data.retrieval.vectors import clustered, save_database, write_neighbours
-from tests.trainer.ranks import ranks
+from tests.trainer.jobs import train_on
 from tests.trainer.task_tars import write_task_tars
 from tools import cli
 from trainer.checkpoint import load_weights
-from trainer.config import preflight
-from trainer.distributed import World
-from trainer.train import Config, train
 
 TINY = [
     *("scale=tiny", "log.wandb=null", "rehearse=false", "data.holdout=0.2", "data.log_keys=true"),
@@ -49,22 +41,18 @@ def folder(tmp_path_factory) -> Path:
 
 def run(world: int, folder: Path, name: str, *overrides: str) -> list[dict]:
     """Train; rows of metrics.jsonl."""
-    places = [
-        *(f"data.sources.drawn.shards={folder}/tars", f"data.fields.neighbours.database={folder}/database"),
-        *(f"runs={folder}/runs", f"data.cache_folder={folder}/cache"),
-    ]
-    chosen = ["experiment=rdm/imagenet", *TINY, *places, f"name={name}", *overrides]
-    ranks(world).run(_train, chosen, timeout_s=900)
-    return read_jsonl(folder / "runs" / name / "metrics.jsonl")
-
-
-def _train(overrides: list[str]) -> None:
-    config = compose("train", overrides)
-    check(config, Config)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    preflight(config, size)
-    with ExitStack() as resources:
-        train(config, World(rank, size, rank, torch.device("cpu"), launched=False), resources)
+    source = f"data.sources.drawn.shards={folder}/tars"
+    database = f"data.fields.neighbours.database={folder}/database"
+    return train_on(
+        world,
+        folder,
+        f"name={name}",
+        source,
+        database,
+        *overrides,
+        small=["experiment=rdm/imagenet", *TINY],
+        timeout_s=900,
+    )
 
 
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])

@@ -1,14 +1,5 @@
-"""The modules that the tests of data/ share."""
+"""The modules that the tests of data/ share, and a folder of each test's own to run jobs in."""
 
-import sys
-from pathlib import Path
+from tests.data.curation.conftest import elsewhere
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path_factory, monkeypatch):
-    """Jobs write to runs/ where they are started."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+__all__ = ["elsewhere"]
