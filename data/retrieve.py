@@ -195,6 +195,7 @@ def summary(database: Database, asked: Sequence[Manifest], neighbours: str, seco
         lines.append(
             f"  {side}.index: {index['factory']}, {index['bytes'] / (1 << 30):.2f} GiB, recall {index['recall']:.3f}"
             + (f" with {searched}" if searched else "")
+            + (f", less than the {index['asked']} asked for" if index["recall"] < index["asked"] else "")
         )
     if asked:
         lines.append(f"  column {neighbours!r} beside {len(asked)} shards, {sum(m.rows for m in asked)} samples")

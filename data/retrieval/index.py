@@ -207,7 +207,7 @@ class IndexBuilder:
         with faiss_threads(threads):
             told = tune(index, self.database, self.side, self.plan, self.settings)
         _write(index, index_path(self.database.folder, self.side))
-        return {"identity": self.identity, **asdict(self.plan), **told}
+        return {"identity": self.identity, "asked": self.settings.recall, **asdict(self.plan), **told}
 
     def clean(self) -> None:
         """Remove what was kept of the steps."""

@@ -18,6 +18,7 @@ from data.retrieval.index import (
     searched,
     tune,
 )
+from data.retrieve import summary
 from data.tasks import Tasks, run_tasks
 
 PARTS = [700, 1300, 0, 2000]
@@ -66,6 +67,17 @@ def test_every_kind_reaches_the_recall_that_it_tells(database, kind):
     assert recall == 1.0 if kind == "flat" else recall >= 0.93
     assert np.allclose(similarities, (QUERIES[:, None] * database.vectors(found)).sum(-1), atol=1e-3)
     assert (np.diff(similarities, axis=1) <= 1e-6).all()
+
+
+def test_recall_that_is_not_reached_is_said(tmp_path):
+    random = np.random.default_rng(0).standard_normal((2000, 64))
+    database = save_database(tmp_path, [random / np.linalg.norm(random, axis=1, keepdims=True)])
+    settings = IndexSettings(kind="hnsw", links=2, recall=1.0, k=20, queries=100)
+    told = built(database, settings)
+    assert told["recall"] < 1 and told["search"] == {"ef": 1024}
+    assert f"recall {told['recall']:.3f} with ef 1024, less than the 1.0 asked for" in summary(database, [], "", 0.0)
+    built(database, replace(settings, links=32, recall=0.5))
+    assert "asked for" not in summary(database, [], "", 0.0)
 
 
 def test_a_search_is_no_more_thorough_than_it_must_be(database):
