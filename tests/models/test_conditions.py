@@ -8,7 +8,15 @@ from torch.nn import functional as F
 from data.draws import slice_draws
 from models.autoencoder import AutoencoderKL
 from models.conditioner import Conditioner, Given
-from models.conditions import ClassEncoder, LowResolution, MaskedPicture, OneHotMap, PictureMap, SemanticMap
+from models.conditions import (
+    ClassEncoder,
+    LowResolution,
+    MaskedPicture,
+    NeighbourEncoder,
+    OneHotMap,
+    PictureMap,
+    SemanticMap,
+)
 from models.first_stage import FirstStage, Identity, KLFirstStage
 from models.initialization import initialize
 
@@ -120,3 +128,15 @@ def test_what_conditions_lack_is_named():
         Conditioner([], maps=[MaskedPicture(4)])(given(kl(), mask=torch.zeros(2, 16, 24, dtype=torch.bool)))
     with pytest.raises(ValueError, match="LowResolution needs 'low_resolution' or pictures"):
         Conditioner([], maps=[LowResolution()])(Given([""], (16, 24), first_stage=kl()))
+
+
+def test_neighbours_are_tokens_as_they_are_and_zeros_where_they_are_dropped():
+    conditioner = Conditioner([NeighbourEncoder(k=3, width=8)], context_dim=10)
+    given = Given(["", ""], fields={"neighbours": torch.randn(2, 3, 8)})
+    context = conditioner(given, torch.tensor([[True], [False]]))["context"]
+    assert torch.equal(context[0, :, :8], given.fields["neighbours"][0])
+    assert not context[0, :, 8:].any() and not context[1].any()
+    assert not conditioner(Given([""]))["context"].any(), "without the field"
+    assert conditioner.stored == [], "they are kept in the database"
+    with pytest.raises(ValueError, match=r"holds \(4, 8\) numbers a sample, and the model was made for \(3, 8\)"):
+        conditioner(Given([""], fields={"neighbours": torch.zeros(1, 4, 8)}))

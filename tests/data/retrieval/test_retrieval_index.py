@@ -107,6 +107,11 @@ def test_steps_that_were_done_are_not_done_again(database):
     before = trained.stat().st_mtime_ns
     builder.train(1)
     assert trained.stat().st_mtime_ns == before
+    run_tasks(builder.add, Tasks(1), [database.rows], "index")
+    block = builder._block(0)
+    before = block.stat().st_mtime_ns
+    run_tasks(builder.add, Tasks(1), [database.rows], "index")
+    assert block.stat().st_mtime_ns == before
     other = IndexBuilder(database, "image", IndexSettings(kind="ivf_flat", cells=16))
     other.train(1)
     assert len(list(builder._work.glob("trained-*"))) == 2
@@ -152,6 +157,13 @@ def test_what_cannot_be_searched_is_refused(database, tmp_path):
     np.save(tmp_path / "img_emb" / "img_emb_00001.npy", np.zeros((50, 9), np.float16))
     with pytest.raises(ConfigError, match=r"img_emb_00001\.npy has the shape \(50, 9\)"):
         Database(tmp_path)
+
+
+def test_embeddings_of_others_are_read_at_length_one(tmp_path):
+    vectors = clustered(20, 8, 4)
+    database = save_database(tmp_path, [3 * vectors[:12], 0.5 * vectors[12:]])
+    assert np.allclose(database.vectors(np.array([[15, 2]])), vectors[[15, 2]][None], atol=2e-3)
+    assert np.allclose(database.of_part(database.parts[1]), vectors[12:], atol=2e-3)
 
 
 def test_fewer_rows_than_asked_for_are_told_by_their_absence(database):
