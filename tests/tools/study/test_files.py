@@ -105,7 +105,7 @@ def test_the_small_scaling_study_has_what_was_asked_of_it():
     study, runs = composed("scaling_small", "runs=/nowhere")
     fitted = [run for run in runs if not run.point.held_out]
     held_out = [run for run in runs if run.point.held_out]
-    assert len({run.point.labels["width"] for run in fitted}) >= 6 and study.seeds == [0, 1, 2]
+    assert len({run.point.labels["width"] for run in fitted}) >= 6 and len(study.seeds) == 3
     assert len(fitted) == 3 * len({run.point.labels["width"] for run in fitted})
     flops = [run.cost.flops for run in fitted]
     predicted = min(run.cost.flops for run in held_out)

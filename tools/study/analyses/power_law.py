@@ -8,10 +8,9 @@ Runs of one size deviate from the law together (the law is not quite true) and e
 
     log L_ij = log f(x_i) + u_i + e_ij,    u_i ~ N(0, tau^2),    e_ij ~ N(0, sigma_i^2).
 
-Seeds tell small runs apart more than large ones, so sigma_i is a power of the size (`seed_noise`), and the fit weighs
-residuals by its inverse. tau is estimated from the residuals of the means of sizes with G - p degrees of freedom (G
-sizes, p parameters). Each replicate first draws deviations that might be behind such estimates (scaled inverse
-chi-squared, which makes the intervals those of Student's t where the law is linear), then losses, and fits anew.
+Seeds tell small runs apart more than large ones, so sigma_i is a power of the size (`seed_noise`); of tau little is
+known, and only a distribution is given (`law_misfit`). The fit weighs a size of n seeds by 1 / (tau^2 + sigma_i^2 / n).
+Each replicate draws deviations that might be behind the data, adds that much to the losses once more, and fits anew.
 """
 
 from collections.abc import Sequence
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 from scipy.special import logsumexp, softmax
 
+from tools.study.analyses.law_misfit import LawMisfit, law_misfit
 from tools.study.analyses.seed_noise import SeedNoise, seed_noise
 
 # Starts: exponents, and the floor as a share of the lowest loss.
@@ -35,17 +35,22 @@ class PowerLaw:
 
     Args:
         floor: E, the irreducible loss.
-        factors: A, (K,).
+        log_factors: log A, (K,): of compute, A may be larger than a float.
         exponents: a, (K,).
     """
 
     floor: float
-    factors: np.ndarray
+    log_factors: np.ndarray
     exponents: np.ndarray
+
+    @property
+    def factors(self) -> np.ndarray:
+        """A, (K,)."""
+        return np.exp(self.log_factors)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Losses (n,) at x (n, K)."""
-        return self.floor + (self.factors * x**-self.exponents).sum(1)
+        return self.floor + np.exp(self.log_factors - self.exponents * np.log(x)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Fit:
         losses: (n,), positive.
         sizes: (n,) int, equal for runs that differ in their seed alone.
         noise: between seeds.
+        misfit: what the deviation tau of sizes from the law may be.
+        tau: the median of that.
         huber: see `fit`.
     """
 
@@ -66,6 +73,8 @@ class Fit:
     losses: np.ndarray
     sizes: np.ndarray
     noise: SeedNoise
+    misfit: LawMisfit
+    tau: float
     huber: float
 
     @property
@@ -96,17 +105,14 @@ def fit(x: np.ndarray, losses: np.ndarray, sizes: Sequence[int] | np.ndarray, hu
     parameters, different = 1 + 2 * x.shape[1], len(np.unique(x, axis=0))
     if different < parameters:
         raise ValueError(f"a law of {parameters} parameters cannot be fitted to runs of {different} sizes")
-    middle = np.log(x).mean(0)
-    z, y = np.log(x) - middle, np.log(losses)
-    noise = seed_noise(y, _size(x), sizes)
-    scale = noise.shape(_size(x))
-    starts = []
-    for share, *exponents in product(_FLOORS, *[_EXPONENTS] * x.shape[1]):
-        floor = share * losses.min()
-        factors = np.full(x.shape[1], np.log((np.exp(y.mean()) - floor) / x.shape[1]))
-        starts.append(np.concatenate([[np.log(floor)], factors, exponents]))
-    best = min((_minimise(start, z, y, scale, huber) for start in starts), key=lambda found: found.cost)
-    return Fit(_law(best.x, middle), x, losses, sizes, noise, huber)
+    points = _Points.of(x, losses, sizes)
+    noise = seed_noise(points.y, points.size, sizes)
+    theta = points.best(points.scale(noise, 0.0), huber)
+    # tau weighs the sizes, and comes from the law that they give: once more is enough.
+    tau = points.misfit(theta).median(points.variances(noise))
+    theta = points.best(points.scale(noise, tau), huber)
+    misfit = points.misfit(theta)
+    return Fit(points.law(theta), x, losses, sizes, noise, misfit, misfit.median(points.variances(noise)), huber)
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,12 @@ class Replicates:
         noises: between seeds, likewise.
         taus: (replicates,), standard deviations of sizes about the law.
         units: (replicates,) standard normal, how far a new run is off in its own deviations.
-        tau: the estimate, beside the noise of seeds.
     """
 
     laws: list[PowerLaw]
     noises: list[SeedNoise]
     taus: np.ndarray
     units: np.ndarray
-    tau: float
 
     def exponents(self, level: float) -> np.ndarray:
         """(2, K): the interval of each exponent."""
@@ -153,31 +157,89 @@ def replicate(fitted: Fit, count: int, seed: int = 0) -> Replicates:
         count: of replicates.
     """
     rng = np.random.default_rng(seed)
-    x, noise = fitted.x, fitted.noise
-    groups, index, per_group = np.unique(fitted.sizes, return_inverse=True, return_counts=True)
-    n, p = len(index), 1 + 2 * x.shape[1]
-    scale = noise.shape(_size(x))
-    # How well each size's mean is known, in units of sigma^-2.
-    known = np.bincount(index, scale**-2)
-    means = np.bincount(index, fitted.residuals) / per_group
-    # With as many sizes as parameters nothing tells how true the law is: one degree is the least to go on with.
-    degrees = max(1, len(groups) - p)
-    between = (known * means**2).sum() / degrees  # estimates sigma^2 + tau^2 mean(known)
-
-    def tau(between: float, sigma: float) -> float:
-        return float(np.sqrt(max(0.0, between - sigma**2) / known.mean()))
-
-    middle = np.log(x).mean(0)
-    start, z, law = _parameters(fitted.law, middle), np.log(x) - middle, np.log(fitted.law(x))
+    points = _Points.of(fitted.x, fitted.losses, fitted.sizes)
+    start = points.theta(fitted.law)
     laws, noises, taus = [], [], np.empty(count)
     for i in range(count):
-        drawn = noise.draw(rng)
-        taus[i] = tau(between * degrees / rng.chisquare(degrees), drawn.sigma)
-        seeds = drawn.sigma * drawn.shape(_size(x)) * rng.standard_normal(n)
-        y = law + taus[i] * rng.standard_normal(len(groups))[index] + seeds
-        laws.append(_law(_minimise(start, z, y, scale, fitted.huber).x, middle))
+        drawn = fitted.noise.draw(rng)
+        taus[i] = fitted.misfit.draw(points.variances(drawn), rng)
+        of_seeds = drawn.sigma * drawn.shape(points.size) * rng.standard_normal(len(points.y))
+        y = points.y + taus[i] * rng.standard_normal(len(points.counts))[points.group] + of_seeds
+        laws.append(points.law(_minimise(start, points, y, points.scale(drawn, taus[i]), fitted.huber).x))
         noises.append(drawn)
-    return Replicates(laws, noises, taus, rng.standard_normal(count), tau(between, noise.sigma))
+    return Replicates(laws, noises, taus, rng.standard_normal(count))
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Losses as the fit sees them. The law's parameters are theta = (log E, log A at z = 0, a), (1 + 2 K,).
+
+    Args:
+        middle: (K,), the mean of log x, from which z is reckoned so that A and a are told apart.
+        z: (n, K).
+        y: (n,), log losses.
+        group: (n,), the size of each run.
+        counts: (sizes,), runs.
+        size: (n,), log size: what the noise of seeds depends on.
+    """
+
+    middle: np.ndarray
+    z: np.ndarray
+    y: np.ndarray
+    group: np.ndarray
+    counts: np.ndarray
+    size: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray, losses: np.ndarray, sizes: np.ndarray) -> "_Points":
+        middle = np.log(x).mean(0)
+        _, group, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+        return cls(middle, np.log(x) - middle, np.log(losses), group, counts, _size(x))
+
+    def variances(self, noise: SeedNoise) -> np.ndarray:
+        """(sizes,), of the means by the noise of seeds."""
+        of_size = np.bincount(self.group, self.size) / self.counts
+        return (noise.sigma * noise.shape(of_size)) ** 2 / self.counts
+
+    def scale(self, noise: SeedNoise, tau: float) -> np.ndarray:
+        """(n,), what residuals are divided by: 1 in the middle."""
+        scale = np.sqrt((self.variances(noise) + tau**2) * self.counts)[self.group]
+        return scale / np.exp(np.log(scale).mean()) if scale.all() else np.ones_like(scale)
+
+    def best(self, scale: np.ndarray, huber: float) -> np.ndarray:
+        """theta of the best fit from many starts."""
+        k, lowest = len(self.middle), np.exp(self.y.min())
+        found = []
+        for share, *exponents in product(_FLOORS, *[_EXPONENTS] * k):
+            factor = np.log((np.exp(self.y.mean()) - share * lowest) / k)
+            start = np.array([np.log(share * lowest), *[factor] * k, *exponents])
+            found.append(_minimise(start, self, self.y, scale, huber))
+        return min(found, key=lambda fit: fit.cost).x
+
+    def terms(self, theta: np.ndarray) -> np.ndarray:
+        """(n, 1 + K), logarithms of the law's."""
+        k = len(self.middle)
+        return np.column_stack([np.full(len(self.z), theta[0]), theta[1 : 1 + k] - theta[1 + k :] * self.z])
+
+    def jacobian(self, theta: np.ndarray) -> np.ndarray:
+        """(n, 1 + 2 K), of the law's logarithm."""
+        shares = softmax(self.terms(theta), axis=1)
+        return np.column_stack([shares, -shares[:, 1:] * self.z])
+
+    def misfit(self, theta: np.ndarray) -> LawMisfit:
+        """What the means of the sizes say of tau."""
+        residuals = np.bincount(self.group, self.y - logsumexp(self.terms(theta), axis=1)) / self.counts
+        _, first = np.unique(self.group, return_index=True)
+        means = np.bincount(self.group, self.y) / self.counts
+        return law_misfit(residuals, self.jacobian(theta)[first], float(np.ptp(means)))
+
+    def law(self, theta: np.ndarray) -> PowerLaw:
+        k = len(self.middle)
+        exponents = theta[1 + k :]
+        return PowerLaw(float(np.exp(theta[0])), theta[1 : 1 + k] + exponents * self.middle, exponents)
+
+    def theta(self, law: PowerLaw) -> np.ndarray:
+        return np.concatenate([[np.log(law.floor)], law.log_factors - law.exponents * self.middle, law.exponents])
 
 
 def _size(x: np.ndarray) -> np.ndarray:
@@ -185,34 +247,20 @@ def _size(x: np.ndarray) -> np.ndarray:
     return np.log(x).mean(1)
 
 
-def _minimise(start: np.ndarray, z: np.ndarray, y: np.ndarray, scale: np.ndarray, huber: float):
-    """theta = (log E, log A, a) of least Huber loss of residuals over `scale`, from one start; A is that at z = 0."""
-    k = z.shape[1]
-
-    def terms(theta: np.ndarray) -> np.ndarray:
-        return np.column_stack([np.full(len(z), theta[0]), theta[1 : 1 + k] - theta[1 + k :] * z])
-
-    def residuals(theta: np.ndarray) -> np.ndarray:
-        return (logsumexp(terms(theta), axis=1) - y) / scale
-
-    def jacobian(theta: np.ndarray) -> np.ndarray:
-        shares = softmax(terms(theta), axis=1)
-        return np.column_stack([shares, -shares[:, 1:] * z]) / scale[:, None]
-
-    tolerances = {"ftol": 1e-10, "xtol": 1e-10, "gtol": 1e-14}
+def _minimise(start: np.ndarray, points: _Points, y: np.ndarray, scale: np.ndarray, huber: float) -> OptimizeResult:
+    """theta of least Huber loss of residuals over `scale`, from one start."""
     return least_squares(
-        residuals, start, jacobian, loss="huber", f_scale=huber, x_scale="jac", max_nfev=500, **tolerances
+        lambda theta: (logsumexp(points.terms(theta), axis=1) - y) / scale,
+        start,
+        lambda theta: points.jacobian(theta) / scale[:, None],
+        loss="huber",
+        f_scale=huber,
+        x_scale="jac",
+        max_nfev=500,
+        ftol=1e-10,
+        xtol=1e-10,
+        gtol=1e-14,
     )
-
-
-def _law(theta: np.ndarray, middle: np.ndarray) -> PowerLaw:
-    k = len(middle)
-    exponents = theta[1 + k :]
-    return PowerLaw(float(np.exp(theta[0])), np.exp(theta[1 : 1 + k] + exponents * middle), exponents)
-
-
-def _parameters(law: PowerLaw, middle: np.ndarray) -> np.ndarray:
-    return np.concatenate([[np.log(law.floor)], np.log(law.factors) - law.exponents * middle, law.exponents])
 
 
 def _interval(values: np.ndarray, level: float) -> np.ndarray:
