@@ -4,34 +4,52 @@ Heavy libraries are imported by the job that needs them, so that help and mistak
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 from conf.errors import ConfigError
 
 _TRACEBACK = "MILLRACE_TRACEBACK"
+_BARE = re.compile(r"[^=~+]+")
+
+
+class Job(NamedTuple):
+    """What a first word of the command means.
+
+    Args:
+        module: whose `run` takes the config.
+        what: it does, for people.
+        word: the key that a bare word gives: `millrace logs first` is `millrace logs run=first`.
+    """
+
+    module: str
+    what: str
+    word: str | None = None
+
 
 JOBS = {
-    "index": ("data.index", "read tar headers once and write the manifest beside the shards"),
-    "curate": ("data.curate", "score every sample with filters: columns beside the manifests, for where clauses"),
-    "pack": ("data.pack", "write selected samples as fresh, balanced tars, resized or encoded anew if asked"),
-    "encode": ("trainer.encode", "keep what a run's frozen encoders make of its data, for training to read"),
-    "retrieve": ("data.retrieve", "a database of embeddings, a FAISS index over it, the neighbours of samples"),
-    "train": ("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
-    "study": ("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
-    "sample": ("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
-    "import": ("tools.importing", "a diffusers folder, or a file in its authors' layout, as a run to go on from"),
-    "export": ("tools.export", "a run as a folder that diffusers opens, or as a file in the authors' layout"),
-    "evaluate": ("trainer.evaluate", "FID, KID, precision and recall, CLIP score ... of a model, or of pictures"),
-    "plan": ("tools.plan", "what a run would need, without a GPU: memory of a rank, FLOPs, traffic, time, cost"),
-    "jobs": ("tools.jobs", "what was submitted with cluster=slurm, and how it goes"),
-    "logs": ("tools.logs", "the last lines that a submitted run wrote: millrace logs <run>"),
-    "cancel": ("tools.cancel", "end a submitted run: millrace cancel <run>"),
-    "bench": ("tools.bench", "the benchmarks behind the README's figures: loader, plan, step, curate, selection ..."),
+    "index": Job("data.index", "read tar headers once and write the manifest beside the shards"),
+    "curate": Job("data.curate", "score every sample with filters: columns beside the manifests, for where clauses"),
+    "pack": Job("data.pack", "write selected samples as fresh, balanced tars, resized or encoded anew if asked"),
+    "encode": Job("trainer.encode", "keep what a run's frozen encoders make of its data, for training to read"),
+    "retrieve": Job("data.retrieve", "a database of embeddings, a FAISS index over it, the neighbours of samples"),
+    "train": Job("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
+    "study": Job("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
+    "sample": Job("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
+    "import": Job("tools.importing", "a diffusers folder, or a file in its authors' layout, as a run to go on from"),
+    "export": Job("tools.export", "a run as a folder that diffusers opens, or as a file in the authors' layout"),
+    "evaluate": Job("trainer.evaluate", "FID, KID, precision and recall, CLIP score ... of a model, or of pictures"),
+    "plan": Job("tools.plan", "what a run would need, without a GPU: memory of a rank, FLOPs, traffic, time, cost"),
+    "jobs": Job("tools.jobs", "what was submitted with cluster=slurm, and how it goes"),
+    "logs": Job("tools.logs", "the last lines that a submitted run wrote: millrace logs <run>", "run"),
+    "cancel": Job("tools.cancel", "end a submitted run: millrace cancel <run>", "run"),
+    "bench": Job(
+        "tools.bench", "the benchmarks behind the README's figures: loader, plan, step, curate, selection ...", "bench"
+    ),
 }
-
-_TAKES_A_RUN = ("logs", "cancel")
 
 USAGE = """\
 usage: millrace <job> [key=value ...] [group=choice ...]
@@ -48,7 +66,7 @@ composed config, `scale=tiny` shrinks any experiment to a CPU, `cluster.processe
 def usage() -> str:
     """The text of `millrace --help`."""
     width = max(map(len, JOBS))
-    return USAGE.format(jobs="\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in JOBS.items()))
+    return USAGE.format(jobs="\n".join(f"  {name:<{width}}  {what}" for name, (_, what, _) in JOBS.items()))
 
 
 def main() -> None:
@@ -91,22 +109,21 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 def _run(job: str, overrides: list[str]) -> None:
-    from conf.compose import ROOT, compose, describe
+    from conf.compose import compose, describe
 
     if "-h" in overrides or "--help" in overrides:
-        print(describe(job, JOBS[job][1]))
+        print(describe(job, JOBS[job].what))
         return
     show = "--cfg" in overrides
     overrides = [o for o in overrides if o != "--cfg"]
-    if (ROOT / job).is_dir():  # `millrace bench plan` is short for `millrace bench bench=plan`
-        overrides = [f"{job}={o}" if o.replace("/", "_").isidentifier() else o for o in overrides]
+    word = JOBS[job].word
+    if word is not None:
+        overrides = [f"{word}={o}" if _BARE.fullmatch(o) else o for o in overrides]
     if job == "plan" and not show:  # of other ranks than there are here
         from tools.plan import plan
 
         plan(overrides)
         return
-    if job in _TAKES_A_RUN:  # and `millrace logs first` for `millrace logs run=first`
-        overrides = [o if "=" in o else f"run={o}" for o in overrides]
     config = compose(job, overrides)
     if show:
         from omegaconf import OmegaConf
@@ -120,7 +137,7 @@ def _run(job: str, overrides: list[str]) -> None:
     from tools.launch import follow_launcher, launch, ranks_of, wants_ranks
 
     follow_launcher()
-    module = import_module(JOBS[job][0])
+    module = import_module(JOBS[job].module)
     if config.get("cluster", {}).get("kind") == "slurm":
         from tools.submission import check_job, submit_job
 

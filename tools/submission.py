@@ -117,7 +117,7 @@ def check_job(job: str, overrides: Sequence[str]) -> Checked:
             the disk; or a job works on the same folder already.
         SlurmError: SLURM does not answer.
     """
-    module = import_module(JOBS[job][0])
+    module = import_module(JOBS[job].module)
     cluster = compose(job, list(overrides)).cluster
     check(DictConfig({"cluster": cluster}), _Schema)
     try:

@@ -544,4 +544,4 @@ def test_a_bucket_is_packed_from_and_to(tmp_path):
 
 
 def test_the_job_is_on_the_command_line():
-    assert JOBS["pack"][0] == "data.pack" and issubclass(ConfigError, ValueError)
+    assert JOBS["pack"].module == "data.pack" and issubclass(ConfigError, ValueError)

@@ -325,7 +325,7 @@ BENCHMARKS = [f"bench={path.stem}" for path in sorted((ROOT / "bench").glob("*.y
     ],
 )
 def test_every_job_passes_its_own_check(job, needed):
-    check(compose(job, needed.split()), import_module(cli.JOBS[job][0]).Config)
+    check(compose(job, needed.split()), import_module(cli.JOBS[job].module).Config)
 
 
 @pytest.mark.parametrize(
