@@ -37,7 +37,9 @@ JOBS = {
     "encode": Job("trainer.encode", "keep what a run's frozen encoders make of its data, for training to read"),
     "retrieve": Job("data.retrieve", "a database of embeddings, a FAISS index over it, the neighbours of samples"),
     "train": Job("trainer.train", "train any model under any objective on any engine; resumes where it stopped"),
-    "study": Job("tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report"),
+    "study": Job(
+        "tools.study.job", "a sweep of training runs with an analysis: fits, the papers' tables, a report", "study"
+    ),
     "sample": Job("trainer.sample", "draw images from a run's checkpoint or from a diffusers folder"),
     "import": Job("tools.importing", "a diffusers folder, or a file in its authors' layout, as a run to go on from"),
     "export": Job("tools.export", "a run as a folder that diffusers opens, or as a file in the authors' layout"),

@@ -47,6 +47,21 @@ def test_help_of_train_names_groups_and_choices(capsys):
 
 
 @pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("study scaling_small", "name: scaling_small"),
+        ("study sd3/depth study.paths.images=a study.paths.vae=b", "name: sd3_depth"),
+        ("bench plan", "_target_: tools.bench.plan.run"),
+        ("logs first", "run: first"),
+        ("cancel first", "run: first"),
+    ],
+)
+def test_a_bare_word_is_what_the_job_is_about(line, shown, capsys):
+    assert cli.execute([*line.split(), "--cfg"]) == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["trian"], ["'trian'", "train"]),
