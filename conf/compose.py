@@ -38,8 +38,8 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
     the command line or the scale chooses a class that does not take it. `shrink` (set by `scale=tiny`) maps class names
     to values: every node built from that class takes them, below what the command line says, but where it has null:
     there is no such part. `items` keeps those of a list. `stand_in` maps groups to class names, and these to choices:
-    where an object of the class would be built in the group, the choice takes its place, unless the command line
-    chooses. Interpolations are resolved.
+    where an object of the class would be built, the choice is the group's, unless the command line chooses.
+    Interpolations are resolved.
 
     Args:
         missing: what becomes of keys that must be given and are not.
@@ -149,7 +149,7 @@ def _stand_ins(config: DictConfig, choices: list[Override]) -> dict[str, str]:
     found: dict[str, str] = {}
     told: Any = OmegaConf.to_container(config.get("stand_in") or DictConfig({}))
     for group, by_class in told.items():
-        for _, node in nodes(config[group]) if group not in of_command_line else []:
+        for _, node in nodes(config) if group not in of_command_line else []:
             if node.get("_target_") in by_class:
                 found[group] = by_class[node._target_]
     return found

@@ -1,4 +1,5 @@
-"""A small tokenizer and T5 trained from a data set's own captions, for where no pretrained text encoder is at hand.
+"""A small tokenizer and T5 trained from a data set's own captions, for where no pretrained text encoder is at hand; and
+a CLIP's tokenizer.
 
 A sentencepiece model is fitted to the captions, then a T5 learns to restore spans that were cut out of them (span
 corruption, arXiv 1910.10683, section 3.1.4). Its encoder is kept. The folder loads like any published T5:
@@ -10,8 +11,10 @@ import itertools
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from models.text import T5Encoder
 _SENTINELS = 16
 _CUT_SHARE, _SPAN_LENGTH = 0.3, 2.0
 _PAD, _EOS, _UNK = 0, 1, 2
+_PRIVATE = 0xE000  # where Unicode's private use begins
 _IGNORE = -100  # torch's label for positions without loss
 
 
@@ -93,13 +97,20 @@ def train_text_encoder(
     texts = sorted({caption.strip() for caption in captions} - {""})
     if not texts:
         raise ValueError("there is no caption with any text to train a text encoder from")
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with _whole(folder, "config.json") as partial:
         train_tokenizer(texts, partial, vocab_size)
         train_t5(texts, partial, width, layers, heads, steps, seed=seed)
+
+
+@contextmanager
+def _whole(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write in, which becomes `folder`, unless another run was faster: `last` tells that it is there."""
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
         partial.rename(folder)
     except OSError:
-        if not (folder / "config.json").exists():  # else another run with the same folder was faster: take that one's
+        if not (folder / last).exists():
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -143,6 +154,67 @@ def train_tokenizer(captions: Sequence[str], folder: Path, vocab_size: int = 512
     # transformers reads spiece.model from a folder only; given as an argument it is silently ignored.
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": _SENTINELS, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def train_clip_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int, length: int) -> None:
+    """Train a CLIP tokenizer, byte pairs of lower-case words, into `folder`, which appears whole or not at all.
+
+    Any text can be told in its tokens, whatever the captions. The same captions (in any order, repeated or not) give
+    the same tokenizer. Captions begin with token 0, and end with token 1.
+
+    Args:
+        vocab_size: tokens at most, 514 or more.
+        length: tokens of a caption.
+
+    Raises:
+        ValueError: no caption has any text, or the tokens are too few.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+    from tokenizers.trainers import BpeTrainer
+    from transformers import CLIPTokenizer
+
+    texts = sorted({caption.strip() for caption in captions} - {""})
+    if not texts:
+        raise ValueError("there is no caption with any text to train a tokenizer from")
+    empty = CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [], model_max_length=length)
+    backend = empty.backend_tokenizer
+    words = [
+        word[:-1] + _last(word[-1])
+        for text in texts
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+    ]
+    # CLIP's vocabulary tells a word's last byte from others by "</w>" behind it. The trainer would number these tokens
+    # by chance; a letter of its own stands for each meanwhile, in a trainer that has nothing else to tell apart.
+    letters = sorted(ByteLevel.alphabet())
+    trained = Tokenizer(BPE())
+    trained.pre_tokenizer = WhitespaceSplit()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[empty.bos_token, empty.eos_token],
+        initial_alphabet=[*letters, *map(_last, letters)],
+        show_progress=False,
+    )
+    trained.train_from_iterator(words, trainer)
+    told = json.loads(trained.to_str())["model"]
+    if len(told["vocab"]) > vocab_size:
+        raise ValueError(f"text_config.vocab_size={vocab_size}: single bytes alone are {len(told['vocab'])} tokens")
+    vocabulary = {_with_end(token): number for token, number in told["vocab"].items()}
+    merges: Any = [(_with_end(one), _with_end(other)) for one, other in told["merges"]]
+    with _whole(folder, "tokenizer_config.json") as partial:
+        CLIPTokenizer(vocabulary, merges, model_max_length=length).save_pretrained(partial)
+
+
+def _last(letter: str) -> str:
+    """What stands for a letter at a word's end: one of Unicode's private use."""
+    return chr(_PRIVATE + ord(letter))
+
+
+def _with_end(token: str) -> str:
+    last = ord(token[-1]) - _PRIVATE
+    return f"{token[:-1]}{chr(last)}</w>" if last > 0 else token
 
 
 def train_t5(

@@ -1,4 +1,5 @@
-"""The `export` job: a run, or a pipeline, as a folder that diffusers opens or as one file in the authors' layout."""
+"""The `export` job: a run, or a pipeline, as a folder that diffusers opens (transformers, of a CLIP) or as one file in
+the authors' layout."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from conf.errors import ConfigError
+from conf.schema import build
 from models.autoencoder import AutoencoderKL
+from models.clip import CLIP
 from models.first_stage import FirstStage
 from models.original.checkpoint import family_of, to_original
 from models.pipeline_folder import INDEX, TRANSFORMERS_STEM, ComponentTensors, PipelineFolder, stem_of
@@ -20,6 +23,7 @@ from models.tensor_files import Meta, write_file, write_json, write_stem
 from models.text import TextEncoder
 from models.vq import VQModel
 from tools.importing import converted, is_network, rewrite
+from trainer.checkpoint import load_weights
 from trainer.engines.networks import prepare_frozen
 from trainer.loading import (
     Loaded,
@@ -83,6 +87,8 @@ def _write_folder(config: Any, folder: Path) -> list[str]:
             return _write_adapters(path, trained, folder, config)
         if "autoencoder" in (trained.get("networks") or {}):
             return _write_autoencoder(source, folder, config)
+        if "clip" in (trained.get("networks") or {}):
+            return _write_clip(path, trained, folder, config)
     loaded = load_model(source, config.average, exact=True)
     for one in config.adapters:
         merge_adapters(one, loaded)
@@ -112,6 +118,17 @@ def _write_autoencoder(run: Path, folder: Path, config: Any) -> list[str]:
         raise ConfigError(f"source: {run} has no autoencoder yet: it is written at a run's last step. Give its folder.")
     shutil.copyfile(own / "config.json", folder / "config.json")
     rewrite(ComponentTensors(own), folder, STEM, config.dtype, config.shard_bytes)
+    return []
+
+
+def _write_clip(path: Path, trained: Any, folder: Path, config: Any) -> list[str]:
+    """A checkpoint's CLIP, as transformers opens it."""
+    if config.adapters:
+        raise ConfigError("adapters: a CLIP takes none; leave them out.")
+    with torch.device("meta"):
+        network: CLIP = build(trained.networks.clip)
+    weights = load_weights(path, "clip", ema=average_of(path, config.average))
+    network.save(folder, weights, getattr(torch, config.dtype), config.shard_bytes)
     return []
 
 

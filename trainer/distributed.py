@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -214,6 +215,30 @@ def flight_record() -> bytes:
     module = torch._C._distributed_c10d
     dump = getattr(module, "_dump_nccl_trace_json", None) or getattr(module, "_dump_fr_trace_json", None)
     return dump() if dump is not None else b""
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All ranks' rows, (ranks * n, ...), in the order of ranks; each has n. The gradient of a row is the sum of what
+    all ranks make of it."""
+    return _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        if not dist.is_initialized():
+            return rows.clone()
+        of_ranks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, rows.contiguous())
+        return torch.cat(of_ranks)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if not dist.is_initialized():
+            return gradient
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def all_reduce_sum(values: Mapping[str, float], device: torch.device | str = "cpu") -> dict[str, float]:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.clip import CLIP
+from models.pipeline_folder import TRANSFORMERS_STEM
 from models.pretrained import ComponentFolder, Pretrained
+from models.tensor_files import open_stem
 from trainer.checkpoint import load_shards, load_tensors, saved_shapes
 from trainer.checkpoint.format import is_committed
 from trainer.checkpoint.layout import WEIGHT, box_views, kind_of, saved_name
@@ -73,7 +76,7 @@ class InitFrom:
 
     Args:
         path: a checkpoint directory of ours (`.../step_00000020`), a diffusers component (a folder with `config.json`),
-            or a diffusers pipeline (a folder of components).
+            or a diffusers pipeline (a folder of components); for a CLIP, a folder of transformers.
         ema: of a checkpoint, the EMA length to take instead of the weights.
         networks: this run's network to the source's: a network of the checkpoint, or a component of the pipeline. By
             default every trainable network takes the one of its own name, and of a component, the only one takes it.
@@ -128,7 +131,7 @@ class InitFrom:
                 f"init_from: {path} is neither a checkpoint directory (committed.json) nor a diffusers component "
                 f"(config.json), and has no component {name!r}"
             )
-        return _Component(folder, network)
+        return _ClipFolder(folder) if isinstance(network, CLIP) else _Component(folder, network)
 
 
 class _Source(Protocol):
@@ -296,3 +299,31 @@ class _Component:
 
     def whole(self, name: str) -> Tensor:
         return self._network.from_diffusers(name, self._folder.read).float()
+
+
+class _ClipFolder:
+    """A CLIP's folder of transformers, whose names are ours."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._files = path, open_stem(path, TRANSFORMERS_STEM)
+        # Older files tell the numbers of places, which are no weights.
+        self._names = {name for name in self._files.names() if not name.endswith("position_ids")}
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        return {name: self._files.meta(name).shape or (1,) for name in names if name in self._names}
+
+    def unexpected(self, names: Sequence[str]) -> list[str]:
+        return sorted(self._names - set(names))
+
+    def fixed(self) -> list[str]:
+        return []
+
+    def fill(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            _store(shard, self.whole(shard.name))
+
+    def whole(self, name: str) -> Tensor:
+        return torch.atleast_1d(self._files.read(name).float())

@@ -11,6 +11,7 @@ from conf.errors import ConfigError, mistakes
 from conf.schema import build, target
 from data.buckets import Buckets
 from data.tars import TarSplit
+from models.clip import CLIP
 from models.conditioner import ConditionMap, LearnedEncoder
 from models.conditions import NeighbourEncoder
 from models.pipeline_folder import INDEX, PipelineFolder
@@ -19,7 +20,7 @@ from trainer.objectives.base import DropsCaptions, Objective
 
 # Networks that a key of their own describes; `networks.<name>` describes any other.
 _KEYS = {"denoiser": "model", "conditioner": "conditioner", "first_stage": "first_stage"}
-# Captions that a local text encoder is trained from, of each source.
+# Captions that a local text encoder or tokenizer is trained from, of each source.
 _CAPTIONS = 20_000
 
 
@@ -37,6 +38,12 @@ def build_networks(config: Any, objective: Objective, split: TarSplit, world: Wo
         if "denoiser" in networks:
             conditioner = networks["conditioner"]
             _check_conditions(networks["denoiser"], conditioner.context_dim, conditioner.pooled_dim)
+    for network in networks.values():
+        if isinstance(network, CLIP):
+            if world.is_main:
+                network.learn_tokenizer(lambda: split.captions(_CAPTIONS))
+            barrier()
+            network.tokenizer  # noqa: B018  (is there, and fits, before anything starts)
     return {name: networks[name] for name in objective.networks}
 
 

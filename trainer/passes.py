@@ -32,6 +32,11 @@ class Passes:
             raise ValueError(f"pass_size={size} does not divide the slice of {slice_size} samples (batch / lanes)")
         if size > slice_size and (size % slice_size or lanes % (size // slice_size)):
             raise ValueError(f"pass_size={size} does not group {lanes} slices of {slice_size} samples evenly")
+        if size > slice_size and buckets > 1 and scope == "global":
+            raise ValueError(
+                f"with its scope, {scope!r}, this objective takes a rank's {lanes} slices in one pass, which needs a"
+                f" single bucket, and there are {buckets}: take buckets=square"
+            )
         if size > slice_size and buckets > 1:
             raise ValueError(
                 f"pass_size={size} fuses slices of {slice_size}, which needs a single bucket, and there are {buckets}:"

@@ -1,4 +1,5 @@
-"""What a finished run leaves for other runs: a network as a diffusers component in the run's folder."""
+"""What a finished run leaves for other runs: a network in the run's folder, as a diffusers component, or as it writes
+itself."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from conf.schema import build
 from data.batch import Batch
 from data.run_directory import RunDirectory
+from models.clip import CLIP
 from models.pretrained import save
 from trainer.callbacks import averaged
 from trainer.checkpoint import Checkpointer, load_weights
@@ -37,7 +39,11 @@ def publish(
         assert checkpoint is not None, "a finished run has a checkpoint"
         with torch.device("meta"):
             network = build(config.networks[published.network])
-        network.config |= published.config
         folder = RunDirectory(config.runs, config.name).path / published.folder
-        save(network, folder, load_weights(checkpoint, published.network, ema=length))
+        weights = load_weights(checkpoint, published.network, ema=length)
+        if isinstance(network, CLIP):
+            network.save(folder, weights)
+        else:
+            network.config |= published.config
+            save(network, folder, weights)
     barrier()

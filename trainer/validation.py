@@ -18,7 +18,7 @@ from trainer.callbacks import averaged
 from trainer.distributed import all_reduce_sum
 from trainer.ema import Ema
 from trainer.engines.base import Engine
-from trainer.objectives.base import Summarizes, Validates
+from trainer.objectives.base import Compares, Summarizes, Validates
 from trainer.rehearsal import Fields, blank
 
 log = logging.getLogger(__name__)
@@ -62,11 +62,14 @@ def mean_losses(
     """`val/<name>`, averages over all ranks' samples; see `Validation`. Collective, the same on every rank."""
     sums: dict[str, float] = defaultdict(float)
     vectors: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
         counts = torch.tensor([key != "" for key in batch.keys], device=device)
         sums["count"] += float(counts.sum())
         for name, values in objective.validation_losses(networks, batch.to(device)).items():
-            if values.ndim > 1:
+            if values.ndim > 1 and isinstance(objective, Compares):
+                rows[name].append(values[counts])
+            elif values.ndim > 1:
                 vectors[name] = vectors.get(name, 0) + values[counts].double().sum(0)
             else:
                 sums[f"val/{name}"] += values[counts].double().sum().item()
@@ -80,7 +83,19 @@ def mean_losses(
                 dist.all_reduce(total)
         averages = {name: total / count for name, total in vectors.items()}
         row |= {f"val/{name}": value for name, value in objective.summary(averages).items()}
+    if isinstance(objective, Compares):
+        together = {name: _of_all_ranks(torch.cat(parts)) for name, parts in rows.items()}
+        row |= {f"val/{name}": value for name, value in objective.compare(together).items()}
     return row
+
+
+def _of_all_ranks(rows: Tensor) -> Tensor:
+    """All ranks' rows, of which they may have different numbers."""
+    if not dist.is_initialized():
+        return rows
+    gathered: list[Tensor] = [rows] * dist.get_world_size()
+    dist.all_gather_object(gathered, rows.cpu())
+    return torch.cat(gathered).to(rows.device)
 
 
 def validation_samples(split: TarSplit, count: int) -> list[PlannedSlice]:

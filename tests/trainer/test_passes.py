@@ -56,7 +56,7 @@ def test_passes_hold_the_samples_in_order_with_their_own_draws(size, expected):
         (2, 1, "slice", "'slice', this objective takes passes of 4 samples"),
         (8, 1, "slice", "'slice', this objective takes passes of 4 samples"),
         (4, 1, "global", "'global', this objective takes passes of 16 samples"),
-        (None, 2, "global", "needs a single bucket, and there are 2"),
+        (None, 2, "global", "4 slices in one pass, which needs a single bucket, and there are 2: take buckets=square"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(size, buckets, scope, says):

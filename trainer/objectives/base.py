@@ -47,7 +47,7 @@ class Losses:
 
 
 class Objective(ABC):
-    """Networks and a batch to losses. What else an objective may do: `Validates`, `Summarizes`,
+    """Networks and a batch to losses. What else an objective may do: `Validates`, `Summarizes`, `Compares`,
     `DrawsPictures`, `DropsCaptions`, `Publishes`.
 
     Attributes:
@@ -101,6 +101,19 @@ class Summarizes(Protocol):
 
 
 @runtime_checkable
+class Compares(Protocol):
+    """An objective that validates by comparing all held-out samples with each other."""
+
+    def compare(self, rows: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """Numbers to be logged as `val/<name>`, "loss" among them; in any order of the samples the same.
+
+        Args:
+            rows: of all samples, those values of `validation_losses` that are vectors, (n, k) by name; they are not
+                logged themselves.
+        """
+
+
+@runtime_checkable
 class DrawsPictures(Protocol):
     """An objective whose networks make pictures for a run's sample grids: of prompts, or of pictures."""
 
@@ -131,13 +144,13 @@ class Published:
 
     Args:
         network: its name in the run.
-        folder: in the run's folder, where it is written as a diffusers component.
-        config: what was measured of it, added to its configuration.
+        folder: in the run's folder, where it is written: as a diffusers component, or as it writes itself.
+        config: what was measured of it, added to a component's configuration.
     """
 
     network: str
     folder: str
-    config: dict[str, float]
+    config: dict[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable
