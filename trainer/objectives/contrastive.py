@@ -72,8 +72,9 @@ class Contrastive(Objective):
     def compare(self, rows: Mapping[str, Tensor]) -> Mapping[str, float]:
         """The loss among all held-out samples, and how often a caption finds a picture of such a caption first, a
         picture its caption, and `chance` would."""
-        images, texts, tokens = rows["images"].double(), rows["texts"].double(), rows["tokens"]
-        same = (tokens[:, None] == tokens[None]).all(-1)
+        images, texts = rows["images"].double(), rows["texts"].double()
+        caption = rows["tokens"].unique(dim=0, return_inverse=True)[1]
+        same = caption[:, None] == caption[None]
         logits, own = rows["scale"][0].double() * images @ texts.T, torch.arange(len(images), device=images.device)
         return {
             "loss": ((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2).item(),
