@@ -19,10 +19,9 @@ from data.encoded import (
     text_member,
 )
 from data.manifest_reader import ManifestReader
-from data.members import ContentError, check_member
+from data.members import ContentError, read_member
 from data.selection import Selection
 from data.store import Store, redact
-from data.tar_index import BLOCK
 from models.conditioner import Outputs
 
 Record = Mapping[str, Any]
@@ -102,12 +101,10 @@ class EncodedReader:
         url, offset, size = self._tars[record["shard"]], record[f"{member}_offset"], record[f"{member}_size"]
         if offset is None:
             raise ValueError(f"{redact(url)} lacks {member} of {record['key']!r}: encode the shard again")
-        block = self.store.read(url, offset - BLOCK, BLOCK + size)
         try:
-            check_member(block[:BLOCK], block[BLOCK:], record["key"], extension(member), offset, None)
+            return load(read_member(self.store, url, record["key"], extension(member), offset, size))
         except ContentError as error:  # it is ours to keep whole, so no other sample may stand in
             raise ValueError(f"{redact(url)}: {record['key']!r}: {error}; start the run again") from error
-        return load(block[BLOCK:])
 
 
 def _fill(out: Mapping[str, Tensor], embedded: Mapping[int, Outputs]) -> None:

@@ -73,6 +73,11 @@ class Field(ABC):
     def check(self, manifests: Sequence[Manifest], store: Store) -> None:  # noqa: B027  (most have nothing to refuse)
         """Refuse columns, beside these manifests, that are not what the field takes them for, in a ConfigError."""
 
+    def shown(self) -> "Field | None":
+        """A field whose values show on a contact sheet what this one's are of; None where they can be looked at
+        themselves."""
+        return None
+
     @abstractmethod
     def read(self, origin: Origin) -> Any:
         """A sample's value.

@@ -1,5 +1,6 @@
 """What a run would train on, to look at before it starts: a sheet of real batches, and how full the buckets are."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def contact_sheet(batches: Sequence[Batch], path: Path | str, table: str = "") -
 
     Below every picture stand its original size (height x width), the top and left of its crop in the resized picture
     (and "flip" where it is mirrored), what its fields say, and the beginning of its caption. Boxes are drawn into the
-    picture, maps and further pictures beside it.
+    picture, maps and further pictures beside it, several of a field (of neighbours) in a square.
 
     Args:
         batches: uint8 images.
@@ -124,6 +125,8 @@ def _fields(batch: Batch, index: int) -> tuple[list[Tensor | Layout], list[str]]
             words.append(f"{name}: {value.item():.4g}")
         elif isinstance(value, Tensor) and not value.is_floating_point():
             shown.append(value)
+        elif isinstance(value, list):
+            words.append(f"{name}: {' | '.join(map(str, value))}")
     return shown, words
 
 
@@ -136,7 +139,14 @@ def _draw_boxes(picture: Image.Image, layouts: Sequence[Layout]) -> None:
 
 
 def _as_picture(value: Tensor) -> Image.Image:
-    """A picture (3, H, W) as it is; a map (H, W) in a colour for each of its values, 0 black and true white."""
+    """A picture (3, H, W) as it is, several (k, 3, H, W) in a square; a map (H, W) in a colour for each of its values,
+    0 black and true white."""
+    if value.ndim == 4:
+        k, _, height, width = value.shape
+        columns = math.ceil(math.sqrt(k))
+        square = torch.zeros(columns * -(-k // columns), 3, height, width, dtype=value.dtype)
+        square[:k] = value
+        value = square.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     if value.ndim == 3:
         return Image.fromarray(value.permute(1, 2, 0).contiguous().numpy())
     palette = {number: (0, 0, 0) if number == 0 else _color(number) for number in value.unique().tolist()}

@@ -3,13 +3,29 @@
 import tarfile
 
 from data.manifest import checksum_of
-from data.tar_index import split_name
+from data.store import Store
+from data.tar_index import BLOCK, split_name
 
 _CHECKSUMS = {16: "xxh128", 32: "sha256"}  # by length in bytes
 
 
 class ContentError(ValueError):
     """A sample that cannot be used, through no fault of the store."""
+
+
+def read_member(
+    store: Store, shard: str, key: str, extension: str, offset: int, size: int, checksum: bytes | None = None
+) -> bytes:
+    """The bytes of one of a sample's members. Arguments as in `check_member`.
+
+    Raises:
+        ContentError: the tar changed, or the bytes are damaged.
+        StoreError: the store fails.
+    """
+    block = store.read(shard, offset - BLOCK, BLOCK + size)
+    header, data = block[:BLOCK], block[BLOCK:]
+    check_member(header, data, key, extension, offset, checksum)
+    return data
 
 
 def check_member(header: bytes, data: bytes, key: str, extension: str, offset: int, checksum: bytes | None) -> None:

@@ -25,11 +25,10 @@ from data.fields import Field, Origin, collate
 from data.hashing import mix64, text64
 from data.manifest_reader import ManifestReader
 from data.media_size import media_member
-from data.members import ContentError, check_member
+from data.members import ContentError, read_member
 from data.records import QuarantineLine
 from data.selection import Selection
 from data.store import Store, protocol_of, redact
-from data.tar_index import BLOCK
 from data.transforms import Framing, Geometry, covering_size, draw_framings, frame
 
 _REPLACE = text64("reader/replace")
@@ -317,12 +316,9 @@ class SliceReader(Dataset[Delivery]):
     def _fetch(self, row: _Row, member: int) -> bytes:
         """The bytes of one of the sample's members, held against the tar's header before them and the manifest's
         checksum."""
-        offset, size = row.offsets[member], row.sizes[member]
-        block = self.store.read(row.shard, offset - BLOCK, BLOCK + size)
-        header, data = block[:BLOCK], block[BLOCK:]
         checksum = row.checksums[member] if row.checksums is not None else None
-        check_member(header, data, row.key, row.extensions[member], offset, checksum)
-        return data
+        place = row.offsets[member], row.sizes[member]
+        return read_member(self.store, row.shard, row.key, row.extensions[member], *place, checksum)
 
     def _nothing_good(self, planned: PlannedSlice, bad: Sequence[QuarantineLine]) -> str:
         examples = "; ".join(f"{line.key!r} in {line.shard}: {line.reason}" for line in bad[:3])

@@ -15,6 +15,7 @@ from typing import Any
 from conf.errors import ConfigError, mistakes
 from data.index import ensure_indexed
 from data.manifest import Manifest
+from data.parquet import told_at
 from data.retrieval.database import (
     SIDES,
     VERSION,
@@ -152,9 +153,10 @@ def make_database(
     """Bring a database and its indexes up to date. A single task of several embeds its shards, and no more.
 
     Raises:
-        ConfigError: an index that does not fit its memory.
+        ConfigError: an index that does not fit its memory, or a database that Millrace did not write.
         ValueError: too many samples of a shard cannot be embedded.
     """
+    _refuse_others(folder)
     for inside in (folder, *(path for path in folder.glob("*") if path.is_dir())):
         remove_leftovers(str(inside))
     recipe, names = embedding.recipe(), part_names(len(manifests))
@@ -206,6 +208,17 @@ def _manifests(patterns: str | list[str] | None, store: Store, folder: str | Non
     if patterns is None:
         return []
     return ensure_indexed(store.expand([patterns] if isinstance(patterns, str) else list(patterns)), store, folder)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse to write over a database that is not ours."""
+    metadata = sorted(folder.glob("metadata/*.parquet"))
+    ours = told_path(folder).exists() or any("recipe" in told_at(str(path), Store()) for path in metadata)
+    if metadata and not ours:
+        raise ConfigError(
+            f"database={folder} was not written by Millrace, which would write over it: leave out shards= to use it as"
+            " it is, or name another folder"
+        )
 
 
 def _remove_others(folder: Path, names: Sequence[str], sides: Sequence[Side]) -> None:

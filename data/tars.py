@@ -163,6 +163,11 @@ class TarData:
         """The fields of a source."""
         return self.fields | self.sources[name].fields
 
+    def show_fields(self) -> None:
+        """Let samples come with what shows on a contact sheet those of their fields that cannot be looked at."""
+        for known in (self.fields, *(source.fields for source in self.sources.values())):
+            known |= {f"{name}, shown": shown for name, one in known.items() if (shown := one.shown()) is not None}
+
     def blank_fields(self, size: int, bucket: Bucket) -> dict[str, Tensor | list]:
         """`Batch.fields` of samples that stand for none."""
         encoded = self.encoding.fields(size, bucket) if self.encoding is not None else {}

@@ -14,6 +14,7 @@ from data.tars import TarSplit
 from models.clip import CLIP
 from models.conditioner import ConditionMap, LearnedEncoder
 from models.conditions import NeighbourEncoder
+from models.each import EachEncoder
 from models.pipeline_folder import INDEX, PipelineFolder
 from trainer.distributed import World, barrier
 from trainer.objectives.base import DropsCaptions, Objective
@@ -105,6 +106,7 @@ def _check_fields(config: Any) -> None:
         own = [issubclass(kind, LearnedEncoder | NeighbourEncoder | ConditionMap) for kind in kinds]
         parts = [build(node) for node, reads_fields in zip(nodes, own, strict=True) if reads_fields]
     asked = {name for part in parts for name in ([part.reads] if isinstance(part.reads, str) else part.reads)}
+    asked |= {node.get("field", "neighbours") for node, kind in zip(nodes, kinds, strict=True) if kind is EachEncoder}
     asked |= {(config.conditioner.get("sizes") or {}).get("aesthetic")} - {None}
     have = set(config.data.fields or {}) | {"captions", "images"}
     for source in config.data.sources.values():

@@ -12,7 +12,7 @@ from conf.errors import ConfigError
 from data.decode import Decoded, DecodeError, decode_image
 from data.fields import Field, Mask, Number
 from data.fields import Picture as PictureField
-from data.retrieval.field import Neighbours
+from data.retrieval.field import NeighbourField
 from models.conditioner import Conditioner, ConditionMap
 from models.conditions import LowResolution, MaskedPicture, PictureMap
 from trainer.loading import Loaded
@@ -85,7 +85,7 @@ class ConditionReader:
         self._sizes: dict[str, Any] = {key: _pair(config, key) for key in ("crop", "original_size", "target_size")}
         self._fields = dict(loaded.fields)
         if config.database is not None:
-            sought = {name: one for name, one in self._fields.items() if isinstance(one, Neighbours)}
+            sought = {name: one for name, one in self._fields.items() if isinstance(one, NeighbourField)}
             if not sought:
                 raise ConfigError("database: the model was trained without neighbours.")
             self._fields |= {name: replace(one, database=config.database) for name, one in sought.items()}

@@ -86,6 +86,8 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
 
     # Data: what each slice holds, and which of them this rank serves.
     data, buckets = build(config.data), build(config.buckets)
+    if config.dry_run:
+        data.show_fields()
     split = first_on_node(world, lambda: data.open(buckets))
     held_out = first_on_node(world, lambda: data.open(buckets, "validation")) if data.holdout else None
     lanes, slice_size = split_batch(config.batch, config.lanes)

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from conf.errors import ConfigError
+from data.retrieval.metadata import MetadataReader
 
 Side = Literal["image", "text"]
 SIDES: tuple[Side, ...] = ("image", "text")
@@ -146,11 +145,22 @@ class Database:
         """
         found: list[dict[str, Any]] = [{} for _ in ids]
         places = np.searchsorted(self._starts, np.asarray(ids, np.int64), side="right") - 1
-        for place in np.unique(places):
-            table = self._metadata_of(self.parts[place], columns)
-            for i in np.flatnonzero(places == place).tolist():
-                found[i] = table.slice(ids[i] - self.parts[place].start, 1).to_pylist()[0]
+        for place in np.unique(places).tolist():
+            asked = np.flatnonzero(places == place).tolist()
+            start = self.parts[place].start
+            for i, one in zip(asked, self._metadata.rows(place, [ids[i] - start for i in asked], columns), strict=True):
+                found[i] = one
         return found
+
+    @property
+    def tells_shards(self) -> bool:
+        """Whether the metadata tell the shards that the rows were made of."""
+        return {"shard", "row"} <= self._told_columns
+
+    @property
+    def tells_captions(self) -> bool:
+        """Whether the metadata have captions."""
+        return "caption" in self._told_columns
 
     def check_model(self, fingerprint: str, name: str) -> None:
         """Refuse queries that another model embedded, in a ConfigError."""
@@ -161,17 +171,15 @@ class Database:
                 f" model it was made with ({self.told.get('model_name')})"
             )
 
-    def _metadata_of(self, part: Part, columns: Sequence[str] | None) -> pa.Table:
-        path = metadata_path(self.folder, part.name)
-        try:
-            file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): make the database anew") from error
-        with file:
-            if file.metadata.num_rows != part.rows:
-                raise ConfigError(f"{path} has {file.metadata.num_rows} rows, its embeddings {part.rows}: make it anew")
-            own = [c for c in columns if c in file.schema_arrow.names] if columns is not None else None
-            return file.read(columns=own, use_threads=False)
+    def check_shard(self, row: int, shard: str, digest: str) -> None:
+        """Refuse a shard, of that digest, that is another than the row was made of, in a ConfigError."""
+        part = self.parts[int(np.searchsorted(self._starts, row, side="right")) - 1]
+        made_of = dict(self.told.get("parts", []))
+        if made_of.get(part.name, digest) != digest:
+            raise ConfigError(
+                f"{shard} is no longer what the database {self.folder} was made of: run `millrace retrieve"
+                f" database={self.folder} shards=...` again"
+            )
 
     def _read_told(self) -> dict[str, Any]:
         path = told_path(self.folder)
@@ -204,6 +212,16 @@ class Database:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # which would be copied, and not mapped, in another process
+
+    @cached_property
+    def _told_columns(self) -> set[str]:
+        first = next(i for i, part in enumerate(self.parts) if part.rows)
+        return set(self._metadata.columns(first))
+
+    @cached_property
+    def _metadata(self) -> MetadataReader:
+        paths = [metadata_path(self.folder, part.name) for part in self.parts]
+        return MetadataReader(paths, [part.rows for part in self.parts])
 
     @cached_property
     def _starts(self) -> np.ndarray:

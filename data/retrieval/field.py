@@ -1,8 +1,9 @@
-"""The neighbours of samples as one of their fields."""
+"""The neighbours of samples as one of their fields: embeddings, pictures or captions."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,14 +16,17 @@ from data.fields import Field, Origin
 from data.manifest import Manifest
 from data.members import ContentError
 from data.retrieval.database import Database
+from data.retrieval.originals import Originals
 from data.scores import read_scored
 from data.store import Store, redact
+from data.transforms import CENTER, Framing, frame
+
+_SHOWN = 128  # pixels of a neighbour on a contact sheet
 
 
 @dataclass(frozen=True)
-class Neighbours(Field):
-    """Embeddings of a sample's neighbours in a database, (k, d) float32 of length one, the nearest first. Where there
-    are fewer, zeros stand in the place of those that are missing.
+class NeighbourField(Field):
+    """What a database has of a sample's neighbours, the nearest first.
 
     Args:
         database: its folder.
@@ -30,17 +34,12 @@ class Neighbours(Field):
         column: that `millrace retrieve` wrote.
         most_similar: neighbours of a greater cosine are left out: the sample itself, where it is in the database
             (0.999), and near-duplicates (0.95).
-        query: put the embedding of what was asked for before the neighbours, in sampling: k - 1 of them follow (arXiv
-            2207.13038).
-        width: d, where the database is not there to tell: a plan asks.
     """
 
     database: str
     k: int = 4
     column: str = "neighbours"
     most_similar: float | None = None
-    query: bool = False
-    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -50,21 +49,12 @@ class Neighbours(Field):
     def columns(self) -> list[str]:
         return [self.column, f"{self.column}_similarity"]
 
-    @property
-    def optional(self) -> bool:
-        return False
-
     def check(self, manifests: Sequence[Manifest], store: Store) -> None:
         """Whether the columns are of this database.
 
         Raises:
             ConfigError: of another, or of another state of it.
         """
-        if self.width not in (None, self.opened.width):
-            raise ConfigError(
-                f"the database {self.database} has embeddings of {self.opened.width} numbers, not of {self.width}: it"
-                " is of another model than the conditioner was made for"
-            )
         for manifest in manifests:
             scored = read_scored(manifest, self.column, store)
             if scored is None or scored.recipe.settings.get("database") != self.opened.fingerprint:
@@ -77,35 +67,34 @@ class Neighbours(Field):
                 stored = scored.recipe.settings["k"]
                 raise ConfigError(f"k={self.k} neighbours of {stored} that are stored: retrieve with a larger k")
 
-    def read(self, origin: Origin) -> Tensor:
+    def read(self, origin: Origin) -> Any:
         ids = np.asarray(origin.column(self.column), np.int64)
         similarities = np.asarray(origin.column(f"{self.column}_similarity"), np.float32)
         kept = ids >= 0
         if self.most_similar is not None:
             kept &= similarities <= self.most_similar
-        return self._tokens(self.opened.vectors(ids[kept][: self.k]))
+        return self._of(ids[kept][: self.k], origin.geometry.target)
 
-    def blank(self, target: tuple[int, int]) -> Tensor:
-        return torch.zeros(self.k, self.width or self.opened.width)
-
-    def given(self, text: str, target: tuple[int, int]) -> Tensor:
+    def given(self, text: str, target: tuple[int, int]) -> Any:
         """Of a text, of a picture's file, or of rows of the database: `[3, 17]`."""
-        if text.lstrip().startswith("["):
-            ids = np.asarray(json.loads(text), np.int64)
-            if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.opened.rows:
-                raise ValueError(f"rows from 0 to {self.opened.rows - 1} of {self.database}")
-            return self._tokens(self.opened.vectors(ids[: self.k]))
+        if not text.lstrip().startswith("["):
+            return self._of(self._sought(text)[1], target)
+        ids = np.asarray(json.loads(text), np.int64)
+        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.opened.rows:
+            raise ValueError(f"rows from 0 to {self.opened.rows - 1} of {self.database}")
+        return self._of(ids[: self.k], target)
+
+    @abstractmethod
+    def _of(self, ids: np.ndarray, target: tuple[int, int]) -> Any:
+        """The value of rows of the database, k at most, for pictures of that height and width."""
+
+    def _sought(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The embedding, (1, d), of a text or of a picture's file, and the rows nearest to it."""
         from data.retrieval.embedding import embed_query  # with it come torch's models, which training does without
 
         asked = embed_query(text, self._embedder)
         (ids,), _ = self._searcher(asked, min(self.k, self.opened.rows))
-        found = self.opened.vectors(ids[ids >= 0])
-        return self._tokens(np.concatenate([asked, found]) if self.query else found)
-
-    def _tokens(self, vectors: np.ndarray) -> Tensor:
-        tokens = torch.zeros(self.k, self.opened.width)
-        tokens[: len(vectors)] = torch.from_numpy(vectors[: self.k])
-        return tokens
+        return asked, ids[ids >= 0]
 
     @cached_property
     def opened(self) -> Database:
@@ -127,3 +116,110 @@ class Neighbours(Field):
         if name is None:
             raise ContentError(f"{self.database} does not tell the model that made it: give rows, [3, 17]")
         return shared_embedder(model_folder(name), "float32", "auto")
+
+
+@dataclass(frozen=True)
+class Neighbours(NeighbourField):
+    """Embeddings of neighbours, (k, d) float32 of length one. Where there are fewer, zeros stand in the place of those
+    that are missing.
+
+    Args:
+        query: put the embedding of what was asked for before the neighbours, in sampling: k - 1 of them follow (arXiv
+            2207.13038).
+        width: d, where the database is not there to tell: a plan asks.
+        store, manifest_folder: as of `NeighbourPictures`, which a contact sheet shows.
+    """
+
+    query: bool = False
+    width: int | None = None
+    store: Store = field(default_factory=Store)
+    manifest_folder: str | None = None
+
+    def check(self, manifests: Sequence[Manifest], store: Store) -> None:
+        """See `NeighbourField.check`; the width, too."""
+        if self.width not in (None, self.opened.width):
+            raise ConfigError(
+                f"the database {self.database} has embeddings of {self.opened.width} numbers, not of {self.width}: it"
+                " is of another model than the conditioner was made for"
+            )
+        super().check(manifests, store)
+
+    def blank(self, target: tuple[int, int]) -> Tensor:
+        return torch.zeros(self.k, self.width or self.opened.width)
+
+    def given(self, text: str, target: tuple[int, int]) -> Tensor:
+        """See `NeighbourField.given`."""
+        if not self.query or text.lstrip().startswith("["):
+            return super().given(text, target)
+        asked, ids = self._sought(text)
+        return self._tokens(np.concatenate([asked, self.opened.vectors(ids)]))
+
+    def shown(self) -> Field | None:
+        """See `Field.shown`: their pictures, or captions, as far as the database tells them."""
+        of = (self.database, self.k, self.column, self.most_similar)
+        if self.opened.tells_shards:
+            return NeighbourPictures(*of, _SHOWN, self.store, self.manifest_folder)
+        return NeighbourCaptions(*of)
+
+    def _of(self, ids: np.ndarray, target: tuple[int, int]) -> Tensor:
+        return self._tokens(self.opened.vectors(ids))
+
+    def _tokens(self, vectors: np.ndarray) -> Tensor:
+        tokens = torch.zeros(self.k, self.opened.width)
+        tokens[: len(vectors)] = torch.from_numpy(vectors[: self.k])
+        return tokens
+
+
+@dataclass(frozen=True)
+class NeighbourPictures(NeighbourField):
+    """Pictures of neighbours, or the patches that they are, (k, 3, H, W) uint8: the middle, in the sample's height and
+    width. Where there are fewer, zeros stand in the place of those that are missing.
+
+    Args:
+        size: height and width, in the place of the sample's.
+        store: where the database's shards lie.
+        manifest_folder: where their manifests lie that are not beside them.
+    """
+
+    size: int | None = None
+    store: Store = field(default_factory=Store)
+    manifest_folder: str | None = None
+
+    def check(self, manifests: Sequence[Manifest], store: Store) -> None:
+        """See `NeighbourField.check`; the database's shards, too."""
+        super().check(manifests, store)
+        _ = self._originals
+
+    def blank(self, target: tuple[int, int]) -> Tensor:
+        return torch.zeros(self.k, 3, *self._size(target), dtype=torch.uint8)
+
+    def _of(self, ids: np.ndarray, target: tuple[int, int]) -> Tensor:
+        pictures, size = self.blank(target), self._size(target)
+        for place, row in enumerate(ids.tolist()):
+            frame(self._originals.picture(row, size), size, Framing(CENTER, CENTER, flip=False), pictures[place])
+        return pictures
+
+    def _size(self, target: tuple[int, int]) -> tuple[int, int]:
+        return target if self.size is None else (self.size, self.size)
+
+    @cached_property
+    def _originals(self) -> Originals:
+        return Originals(self.opened, self.store, self.manifest_folder)
+
+
+@dataclass(frozen=True)
+class NeighbourCaptions(NeighbourField):
+    """Captions of neighbours, k of them. Where there are fewer, or a neighbour has none, "" stands in their place."""
+
+    def check(self, manifests: Sequence[Manifest], store: Store) -> None:
+        """See `NeighbourField.check`; whether the database has captions, too."""
+        super().check(manifests, store)
+        if not self.opened.tells_captions:
+            raise ConfigError(f"the metadata of the database {self.database} have no captions for its neighbours")
+
+    def blank(self, target: tuple[int, int]) -> list[str]:
+        return [""] * self.k
+
+    def _of(self, ids: np.ndarray, target: tuple[int, int]) -> list[str]:
+        told = self.opened.metadata(ids.tolist(), ["caption"])
+        return [*(one.get("caption") or "" for one in told), *[""] * (self.k - len(ids))]

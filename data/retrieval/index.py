@@ -135,11 +135,12 @@ class IndexBuilder:
         database: with all of its parts.
         side: "image" or "text".
         settings: what it is to be.
+        plan: that follows from them, unless it is given.
     """
 
-    def __init__(self, database: Database, side: Side, settings: IndexSettings) -> None:
+    def __init__(self, database: Database, side: Side, settings: IndexSettings, plan: Plan | None = None) -> None:
         self.database, self.side, self.settings = database, side, settings
-        self.plan = plan_index(database.rows, database.width, settings)
+        self.plan = plan or plan_index(database.rows, database.width, settings)
         told = [asdict(settings), *(database.told.get(key) for key in ("recipe", "parts")), side]
         self.identity = xxhash.xxh3_64_hexdigest(json.dumps(told, sort_keys=True).encode())
         self._work = database.folder / f"{side}.index.work"
@@ -206,6 +207,7 @@ class IndexBuilder:
         assert index.ntotal == self.database.rows
         with faiss_threads(threads):
             told = tune(index, self.database, self.side, self.plan, self.settings)
+        _keep(index, told["search"])
         _write(index, index_path(self.database.folder, self.side))
         return {"identity": self.identity, "asked": self.settings.recall, **asdict(self.plan), **told}
 
@@ -334,7 +336,8 @@ class Searcher:
         path = index_path(database.folder, side)
         if not path.exists():
             raise ConfigError(
-                f"{path} is missing: run `millrace retrieve database={database.folder} shards=...` to its end"
+                f"{path} is missing: run `millrace retrieve database={database.folder} shards=...` to its end, or,"
+                " where clip-retrieval wrote its index to another folder, link it there"
             )
         try:
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
@@ -346,6 +349,11 @@ class Searcher:
             raise ConfigError(
                 f"{path} holds {self._index.ntotal} embeddings of {self._index.d} numbers, the database"
                 f" {database.rows} of {database.width}: remove it, and run `millrace retrieve` again"
+            )
+        if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise ConfigError(
+                f"{path} does not compare by inner products, as cosines are: build it with"
+                " `clip-retrieval index`, or by FAISS with METRIC_INNER_PRODUCT"
             )
         self.search: dict[str, int] = database.told.get("indexes", {}).get(side, {}).get("search", {})
 
@@ -376,6 +384,14 @@ def _merge(index: Any, other: Any, plan: Plan) -> None:
     own, its = faiss.extract_index_ivf(index), faiss.extract_index_ivf(other)
     own.merge_from(its, 0)
     index.ntotal = own.ntotal
+
+
+def _keep(index: Any, search: dict[str, int]) -> None:
+    """Have an index's file tell others how thoroughly it is searched."""
+    if "probes" in search:
+        faiss.extract_index_ivf(index).nprobe = search["probes"]
+    elif "ef" in search:
+        index.hnsw.efSearch = search["ef"]
 
 
 def _write(index: Any, path: Path) -> None:

@@ -36,14 +36,18 @@ class Shelf:
         """PNG of the pictures of these rows, six in a row; of patches, the pictures that they are of.
 
         Raises:
-            ConfigError: the metadata do not tell where the pictures are.
+            ConfigError: the metadata do not tell where the pictures are, or the shards changed since.
             StoreError: a store fails.
         """
-        told = self.database.metadata(ids)
-        if any(one.get("shard") is None or one.get("row") is None for one in told):
+        if not self.database.tells_shards:
             raise ConfigError(f"the metadata of {self.database.folder} do not tell the shards that its pictures are in")
+        told = self.database.metadata(ids)
         shards = sorted({one["shard"] for one in told})
-        sheets = Sheets(ensure_indexed(shards, self._store, self._folder), self._store)
+        manifests = ensure_indexed(shards, self._store, self._folder)
+        digests = {shard: manifest.digest for shard, manifest in zip(shards, manifests, strict=True)}
+        for i, one in zip(ids, told, strict=True):
+            self.database.check_shard(i, one["shard"], digests[one["shard"]])
+        sheets = Sheets(manifests, self._store)
         places = [(shards.index(one["shard"]), one["row"]) for one in told]
         patches = [f"{tuple(one['patch'][:2])} " if one.get("patch") else "" for one in told]
         return sheets.draw(places, [patch + text for patch, text in zip(patches, texts, strict=True)])

@@ -60,8 +60,6 @@ def run(
         database.told["indexes"] = {"image": told}
         searcher = Searcher(database)
         bare: Any = faiss.read_index(str(index_path(Path(scratch), "image")))
-        if "probes" in told["search"]:
-            faiss.extract_index_ivf(bare).nprobe = told["search"]["probes"]
         ways: dict[str, Callable[[], np.ndarray]] = {
             "searcher": lambda: searcher(asked, k)[0],
             "faiss": lambda: bare.search(asked, k)[1],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from conf.errors import ConfigError
 from conf.schema import build, target
 from models.conditioner import Conditioner, Encoder, Outputs, StoredEncoder
+from models.each import EachEncoder
 from models.hub import load_part
 from models.image import ImageEncoder, embed, embedding_width
 from models.text import ClipEncoder, T5Encoder
@@ -121,6 +122,8 @@ def _encoder(node: Any, path: str) -> Encoder:
         return _t5(_architecture(node, path, "T5Config"), node.length, node.get("pooled", False))
     if kind is ImageEncoder:
         return _image(_architecture(node, path, "CLIPVisionConfig"), node.model, node.get("pooled", True))
+    if kind is EachEncoder:
+        return EachEncoder(_encoder(node.encoder, f"{path}.encoder"), node.k, node.field)
     return build(node)
 
 

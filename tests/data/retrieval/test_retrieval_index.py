@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
 from vectors import clustered, save_database
@@ -67,6 +68,11 @@ def test_every_kind_reaches_the_recall_that_it_tells(database, kind):
     assert recall == 1.0 if kind == "flat" else recall >= 0.93
     assert np.allclose(similarities, (QUERIES[:, None] * database.vectors(found)).sum(-1), atol=1e-3)
     assert (np.diff(similarities, axis=1) <= 1e-6).all()
+    written = faiss.read_index(str(index_path(database.folder, "image")))  # as others search it
+    if "probes" in told["search"]:
+        assert faiss.extract_index_ivf(written).nprobe == told["search"]["probes"] > 1
+    elif kind == "hnsw":
+        assert written.hnsw.efSearch == told["search"]["ef"]
 
 
 def test_recall_that_is_not_reached_is_said(tmp_path):
@@ -150,6 +156,11 @@ def test_what_cannot_be_searched_is_refused(database, tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"image\.index is damaged"):
         Searcher(small)
+    other = faiss.IndexFlatL2(8)
+    other.add(np.concatenate(vectors))
+    faiss.write_index(other, str(path))
+    with pytest.raises(ConfigError, match=r"image\.index does not compare by inner products"):
+        Searcher(small)
     path.write_bytes(whole)
     (tmp_path / "img_emb" / "img_emb_00001.npy").unlink()
     with pytest.raises(ConfigError, match="holds 100 embeddings of 8 numbers, the database 50"):
@@ -172,8 +183,6 @@ def test_fewer_rows_than_asked_for_are_told_by_their_absence(database):
     builder = IndexBuilder(database, "image", settings)
     builder.train(1)
     run_tasks(builder.add, Tasks(1), [database.rows], "index")
-    import faiss
-
     index = faiss.read_index(str(builder._block(0)))
     found, _ = searched(index, database, "image", database.vectors(np.arange(3)), 4000, {"probes": 1})
     assert found.shape == (3, 4000) and (found[:, -1] == -1).all() and (found[:, 0] == np.arange(3)).all()

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from shard_files import picture, write_tar
+from vectors import save_database
 
 from conf.errors import ConfigError
 from data.retrieval.database import Database
@@ -243,6 +244,15 @@ def test_what_cannot_be_is_refused(tmp_path, model, change, message, capsys):
     told = [one.format(shards=shards, other=other, empty=tmp_path / "empty") for one in change]
     assert execute(command(folder, model, *told)) in (1, 2)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_database_of_others_is_not_written_over(tmp_path, model, capsys):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    save_database(folder, [np.eye(10)] * 2)
+    before = files(folder)
+    assert execute(command(folder, model, f"shards={shards}")) == 2
+    assert "was not written by Millrace, which would write over it" in capsys.readouterr().err
+    assert files(folder) == before
 
 
 def test_damage_is_told_of(tmp_path, model, capsys):
