@@ -50,6 +50,9 @@ class Config:
         query: a text, or a picture's file, whose `k` nearest pictures a contact sheet shows; null: none.
         out: that sheet, a PNG.
         report: a folder, or URL of one, for a page of neighbours of random samples, recall and latency; null: none.
+        dry_run: tell what the index would take, from smaller ones that are built and measured, and stop.
+        rows: that a dry run tells of; null: those of the shards, or of the database.
+        trial: rows of the largest index that a dry run builds.
         cluster: tasks that share the work.
         manifest_folder: where manifests go; beside the shards if null.
         max_errors: share of a shard's samples that may lack a picture that can be embedded.
@@ -69,6 +72,9 @@ class Config:
     query: str | None = None
     out: str = "retrieved.png"
     report: str | None = None
+    dry_run: bool = False
+    rows: int | None = None
+    trial: int = 50_000
     cluster: Tasks = field(default_factory=Tasks)
     manifest_folder: str | None = None
     max_errors: float = 0.1
@@ -92,6 +98,9 @@ def run(config: Config) -> None:
     with mistakes():
         tasks = Tasks(config.cluster.tasks, config.cluster.task)
         embedding, settings, store = build(config.embedding), build(config.index), build(config.store)
+        if config.dry_run:
+            print(_forecast(config, embedding, settings, store))
+            return
         if not any((config.shards, config.neighbours_of, config.query, config.report)):
             raise ConfigError("there is nothing to do: give shards=, neighbours_of=, query= or report=")
         if not 0 <= config.max_errors <= 1 or config.k < 1:
@@ -120,6 +129,27 @@ def run(config: Config) -> None:
         print(summary(Database(folder), asked, config.neighbours, time.perf_counter() - started))
     else:
         print("the shards of this task are embedded: the same command without cluster.task builds the index")
+
+
+def _forecast(config: Config, embedding: Embedding, settings: IndexSettings, store: Store) -> str:
+    """What the index would take, told from rows of the database, or of clusters where there is none yet."""
+    from data.retrieval.forecast import clustered, forecast, rows_of
+
+    folder, patches = local_folder(config.database), embedding.patches
+    database = Database(folder) if (folder / "img_emb").is_dir() else None
+    each = patches.per_picture if patches is not None else 1
+    of_shards = each * sum(m.rows for m in _manifests(config.shards, store, config.manifest_folder))
+    rows = config.rows or of_shards or (database.rows if database is not None else 0)
+    if rows < 1 or config.trial < 1:
+        raise ConfigError("dry_run=true tells of rows=..., of shards=... or of a database, with a positive trial")
+    if database is not None:
+        told = forecast(rows, database.width, settings, rows_of(database), config.trial)
+    else:
+        width = embedding.embedder().width
+        told = forecast(rows, width, settings, lambda n: clustered(n, width, max(1, n // 100)), config.trial)
+    of = f"rows of {folder}" if database is not None else "100 rows around each of random centres: there is no database"
+    disk = 2 * rows * (database.width if database is not None else width) / (1 << 30)
+    return f"{told}\nmeasured on {of}; the embeddings take {disk:.2f} GiB on disk"
 
 
 def _show(config: Config, database: Database, embedding: Embedding, store: Store, log: RunLog) -> None:
