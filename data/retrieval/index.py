@@ -241,9 +241,13 @@ def tune(index: Any, database: Database, side: Side, plan: Plan, settings: Index
         return recall_of([row[row != own][:k] for row, own in zip(found, drawn, strict=True)], true)
 
     def fewest(options: Sequence[dict[str, int]]) -> tuple[dict[str, int], float]:
-        """The first of ever more thorough searches that reaches the target; the last, if none does."""
-        low, high = 0, len(options) - 1
-        reached = {high: recall(options[high])}
+        """The first of ever more thorough searches that reaches the target; the last, if none does. Ever larger steps
+        lead there, since the most thorough ones take longest."""
+        last, low, high = len(options) - 1, 0, 0
+        reached = {0: recall(options[0])}
+        while reached[high] < settings.recall and high < last:
+            low, high = high + 1, min(2 * high + 1, last)
+            reached[high] = recall(options[high])
         while low < high:
             middle = (low + high) // 2
             reached[middle] = recall(options[middle])
