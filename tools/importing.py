@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from conf.errors import ConfigError
 from data.run_directory import check_name
@@ -37,6 +37,7 @@ class Config:
     like: str | None
     average: Literal["none", "ema"]
     prediction: Literal["epsilon", "v_prediction"] | None
+    scaling_factor: PositiveFloat | None
     dtype: Literal["float32", "bfloat16", "float16"] | None
     shard_bytes: PositiveInt
 
@@ -50,35 +51,50 @@ def run(config: Any) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if source.is_dir():
-        for key in ("like", "prediction"):
-            if config[key] is not None:
-                raise ConfigError(f"{key}: {source} is a folder, whose own configs count; leave it out.")
-        notes = _from_folder(PipelineFolder(source), partial, config)
-    elif source.is_file():
-        notes = _from_file(source, partial, config)
-    else:
-        raise ConfigError(f"source: there is neither a folder nor a file {source}.")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    _write_experiment(target)
+    try:
+        if source.is_dir():
+            for key in ("like", "prediction", "scaling_factor"):
+                if config[key] is not None:
+                    raise ConfigError(f"{key}: {source} is a folder, whose own configs count; leave it out.")
+            notes = _from_folder(PipelineFolder(source), partial, config)
+        elif source.is_file():
+            notes = _from_file(source, partial, config)
+        else:
+            raise ConfigError(f"source: there is neither a folder nor a file {source}.")
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     for note in notes:
         print(note)
+    if not (target / INDEX).is_file():
+        print(f"{target}: an autoencoder, for first_stage.folder={target}.")
+        return
+    _write_experiment(target)
     print(
         f"{target}: {PipelineFolder(target).kind}. Train it on: millrace train experiment={target}/experiment.yaml ..."
     )
 
 
 def _from_folder(folder: PipelineFolder, target: Path, config: Any) -> list[str]:
-    config_of(folder)  # what is not known is refused before anything is copied
-    for component in (denoiser_of(folder), ComponentFolder(folder.path / "vae")):
-        component.check(component.on_meta())
+    _check(folder)  # what is not known is refused before anything is copied
     for name in folder.components:
         _copy(folder.path / name, target / name)
         if config.dtype is not None and is_network(name):
             rewrite(folder.tensors(name), target / name, stem_of(name), config.dtype, config.shard_bytes)
     write_json(target / INDEX, folder.index)
     return []
+
+
+def _check(folder: PipelineFolder) -> None:
+    """Whether a pipeline is known, and holds all weights of its networks.
+
+    Raises:
+        ValueError: it is not, or does not.
+    """
+    config_of(folder)
+    for component in (denoiser_of(folder), ComponentFolder(folder.path / "vae")):
+        component.check(component.on_meta())
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -110,7 +126,9 @@ def rewrite(source: TensorSource, folder: Path, stem: str, dtype: str | None, sh
 
 
 def converted(meta: Meta, dtype: str | None) -> Meta:
-    """The same in another floating-point type."""
+    """The same in another floating-point type; numbers of 8 bits, which nothing computes in, in one that holds them."""
+    if dtype is None and meta.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        dtype = "float16"
     return Meta(getattr(torch, dtype), meta.shape) if dtype is not None and meta.dtype.is_floating_point else meta
 
 
@@ -121,6 +139,10 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
         open_file(source), given, config.average == "ema", family_of(like) if like is not None else None
     )
     family = checkpoint.family
+    if not family.pipeline:
+        return _autoencoder_from_file(checkpoint, target, config)
+    if config.scaling_factor is not None:
+        raise ConfigError(f"scaling_factor: {source} is of a family that has one; leave it out.")
     kind = _kind(family.pipeline, checkpoint.components.get("unet", {}))
     if like is not None and like.kind not in (kind, family.pipeline):
         raise ConfigError(f"like: {like.path} is a {like.kind}, but {source} holds a {kind}.")
@@ -132,9 +154,7 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
     index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION, **family.index}
     notes = []
     for name, settings in checkpoint.components.items():
-        layout = {key: converted(meta, config.dtype) for key, meta in checkpoint.layout(name).items()}
-        write_stem(target / name, stem_of(name), layout, checkpoint.tensors(name), config.shard_bytes)
-        write_json(target / name / "config.json", settings)
+        _write_component(checkpoint, name, settings, target, config)
         text = name.startswith("text_encoder")
         index[name] = ["transformers", settings["architectures"][0]] if text else ["diffusers", settings["_class_name"]]
     for name in family.components:
@@ -156,9 +176,37 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
     write_json(target / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     write_json(target / INDEX, index)
+    _check(PipelineFolder(target))
     if unused := [name for name in checkpoint.unused() if not name.startswith("model_ema.")]:
         notes.append(f"{len(unused)} tensors have no place in it, such as {unused[0]}.")
     return notes
+
+
+def _write_component(
+    checkpoint: OriginalCheckpoint, name: str, settings: Mapping[str, Any], target: Path, config: Any
+) -> None:
+    layout = {key: converted(meta, config.dtype) for key, meta in checkpoint.layout(name).items()}
+    write_stem(target / name, stem_of(name), layout, checkpoint.tensors(name), config.shard_bytes)
+    write_json(target / name / "config.json", settings)
+
+
+def _autoencoder_from_file(checkpoint: OriginalCheckpoint, target: Path, config: Any) -> list[str]:
+    """The one component of a file of an autoencoder alone."""
+    for key in ("like", "prediction"):
+        if config[key] is not None:
+            raise ConfigError(f"{key}: {config.source} holds an autoencoder alone; leave it out.")
+    (name, settings), *_ = checkpoint.components.items()
+    if config.scaling_factor is not None:
+        settings["scaling_factor"] = config.scaling_factor
+    if settings["scaling_factor"] is None:
+        raise ConfigError(
+            f"scaling_factor: {config.source} does not tell how its latents are scaled: 0.18215 in Stable Diffusion 1"
+            " and 2, 0.13025 in XL."
+        )
+    _write_component(checkpoint, name, settings, target, config)
+    component = ComponentFolder(target / name)
+    component.check(component.on_meta())
+    return []
 
 
 def _kind(pipeline: str, unet: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Whole systems in one file, in their authors' layout: Stable Diffusion 1, 2, XL, its refiner and 3.
+"""Whole systems in one file, in their authors' layout: Stable Diffusion 1, 2, XL, its refiner and 3; and latent
+diffusion's autoencoders alone.
 
 A family is a pipeline of diffusers' and a list of components: what tensors they begin with, how these are named
 (models/original/names.py), and what configuration follows from them (models/original/configs.py).
@@ -46,7 +47,7 @@ class Family:
     """Systems of one kind.
 
     Args:
-        pipeline: diffusers' class.
+        pipeline: diffusers' class; "" where it is one component.
         mark: what the name of one of the tensors begins with, in this family only.
         components: by their folder's name in a pipeline.
         scheduler: configuration of the scheduler that the published pipeline has.
@@ -141,7 +142,11 @@ FAMILIES = {
         _PNDM,
         {**_NO_CHECKER, "requires_safety_checker": False},
     ),
+    "vq": Family("", "quantize.embedding.", {"vqvae": Component("", configs.vq, names.autoencoder)}, {}, {}),
+    "kl": Family("", "encoder.down.", {"vae": Component("", configs.autoencoder(None), names.autoencoder)}, {}, {}),
 }
+# Files of numbers of 8 bits that are to be multiplied by others beside them.
+_SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")
 
 
 class OriginalCheckpoint:
@@ -154,7 +159,7 @@ class OriginalCheckpoint:
         assumed: the family of a file that holds a denoiser alone, which does not tell it.
 
     Raises:
-        ValueError: it is of no family that is known, or has no such average.
+        ValueError: it is of no family that is known, has no such average, or keeps its weights divided by scales.
     """
 
     def __init__(
@@ -166,6 +171,10 @@ class OriginalCheckpoint:
     ) -> None:
         self._source, self._given, self._average = source, given or {}, average
         self._names = source.names()
+        if scaled := [name for name in self._names if name.endswith(_SCALES)]:
+            raise ValueError(
+                f"its weights are kept divided by scales ({some(scaled)}), which are not read: take a file without"
+            )
         if average and not any(name.startswith("model_ema.") for name in self._names):
             raise ValueError("the checkpoint holds no average (model_ema): leave average=none")
         marked = (n for n, f in FAMILIES.items() if any(tensor.startswith(f.mark) for tensor in self._names))

@@ -96,22 +96,13 @@ def unet_of_sdxl(shapes: Shapes) -> dict[str, Any]:
     return unet(shapes, sample_size=128)
 
 
-def autoencoder(scaling_factor: float, shift_factor: float | None = None) -> Callable[[Shapes], dict[str, Any]]:
+def autoencoder(scaling_factor: float | None, shift_factor: float | None = None) -> Callable[[Shapes], dict[str, Any]]:
     """Of AutoencoderKL, whose latents this family scales so."""
 
     def config(shapes: Shapes) -> dict[str, Any]:
-        levels = _count(shapes, "encoder.down.#.")
-        latents = shapes["decoder.conv_in.weight"][1]
         return {
             "_class_name": "AutoencoderKL",
-            "in_channels": shapes["encoder.conv_in.weight"][1],
-            "out_channels": shapes["decoder.conv_out.weight"][0],
-            "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)],
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "layers_per_block": _count(shapes, "encoder.down.0.block.#."),
-            "latent_channels": latents,
-            "norm_num_groups": 32,
+            **_levels(shapes),
             "scaling_factor": scaling_factor,
             "shift_factor": shift_factor,
             "use_quant_conv": "quant_conv.weight" in shapes,
@@ -119,6 +110,31 @@ def autoencoder(scaling_factor: float, shift_factor: float | None = None) -> Cal
         }
 
     return config
+
+
+def vq(shapes: Shapes) -> dict[str, Any]:
+    """Of VQModel, whose latents go to denoisers as they are."""
+    codes, channels = shapes["quantize.embedding.weight"]
+    told = {"num_vq_embeddings": codes, "vq_embed_dim": channels, "scaling_factor": 1.0, "norm_type": "group"}
+    return {"_class_name": "VQModel", **_levels(shapes), **told}
+
+
+def _levels(shapes: Shapes) -> dict[str, Any]:
+    """What autoencoders of both kinds have."""
+    levels = _count(shapes, "encoder.down.#.")
+    down = [f"encoder.down.{i}.attn.0.q.weight" in shapes for i in range(levels)]
+    up = [f"decoder.up.{i}.attn.0.q.weight" in shapes for i in reversed(range(levels))]
+    return {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)],
+        "down_block_types": ["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in down],
+        "up_block_types": ["AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in up],
+        "layers_per_block": _count(shapes, "encoder.down.0.block.#."),
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "norm_num_groups": 32,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+    }
 
 
 def clip(shapes: Shapes) -> dict[str, Any]:

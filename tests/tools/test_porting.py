@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -12,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from conf.compose import compose
 from conf.schema import build, check
 from models.guidance import Guidance
-from models.pipeline_folder import PipelineFolder
+from models.original.checkpoint import to_original
+from models.pipeline_folder import ComponentTensors, PipelineFolder
 from tests.models import tiny_pipelines
 from tests.trainer.jobs import QUICK, train_on
 from tools import cli
 from tools.demo.scenes import write_tars
 from trainer.engines.networks import prepare_frozen
-from trainer.loading import load_model
+from trainer.loading import load_first_stage, load_model
 from trainer.pipelines import process_node
 from trainer.published import scheduler_of
 from trainer.sample import sampler_of
@@ -198,6 +200,80 @@ def test_a_file_of_a_unet_alone_takes_the_rest_from_a_pipeline_like_it(made, tmp
     assert ours.keys() == like.keys()
     for name in ours:
         assert torch.equal(ours[name], like[name] + name.startswith("unet.")), name
+
+
+def test_numbers_of_8_bits_are_read_and_written_in_16(made, tmp_path, capsys):
+    """SD3 is also published with its T5 so."""
+    whole, small = tmp_path / "whole.safetensors", tmp_path / "small.safetensors"
+    assert cli.execute(["export", f"source={made('sd3')}", f"out={whole}"]) == 0
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(whole).items()}
+    save_file(state, small)
+    command = ["import", f"source={small}", f"runs={tmp_path}/runs", f"like={made('sd3')}"]
+    assert cli.execute([*command, "name=it"]) == 0
+    ours, before = weights(tmp_path / "runs/it"), weights(made("sd3"))
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float16}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, before[name].to(torch.float8_e4m3fn).to(torch.float16)), name
+    save_file(state | {"model.diffusion_model.context_embedder.scale_weight": torch.ones(1)}, small)
+    assert cli.execute([*command, "name=scaled"]) == 1
+    assert "kept divided by scales" in capsys.readouterr().err
+
+
+def test_a_file_that_lacks_weights_is_refused(made, tmp_path, capsys):
+    file = tmp_path / "whole.safetensors"
+    assert cli.execute(["export", f"source={made('sd1')}", f"out={file}"]) == 0
+    state = load_file(file)
+    for lost in ("model.diffusion_model.middle_block.2.out_layers.3.weight", "first_stage_model.decoder.conv_in.bias"):
+        save_file({name: tensor for name, tensor in state.items() if name != lost}, file)
+        assert cli.execute(["import", f"source={file}", "name=it", f"runs={tmp_path}/runs", f"like={made('sd1')}"]) == 1
+        assert "missing: " in capsys.readouterr().err
+        assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_a_file_of_an_autoencoder_alone_becomes_a_first_stage(kind, tmp_path, capsys):
+    """As its authors save it, beside what only training needs. The vector-quantised one attends at a level, and not in
+    the middle, which diffusers' reader of such files does not know of."""
+    torch.manual_seed(0)
+    small = {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 3}
+    if kind == "kl":
+        types = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+        theirs: Any = diffusers.AutoencoderKL(**small, **types, scaling_factor=0.3)
+        component, scale = "vae", 0.3
+    else:
+        types = {
+            "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+            "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+        }
+        codes = {"num_vq_embeddings": 9, "vq_embed_dim": 2, "mid_block_add_attention": False}
+        theirs = diffusers.VQModel(**small, **types, **codes)
+        component, scale = "vqvae", 1.0
+    theirs.save_pretrained(tmp_path / "theirs")
+    source = ComponentTensors(tmp_path / "theirs")
+    layout, tensors, left_out = to_original(kind, {component: source}, {component: dict(theirs.config)})
+    assert not left_out and ("encoder.down.1.attn.0.q.weight" in layout) == (kind == "vq")
+    training = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.bias": torch.zeros(4)}
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": dict(tensors) | training}, file)
+
+    command = ["import", f"source={file}", "name=it", f"runs={tmp_path}/runs"]
+    if kind == "kl":
+        assert cli.execute(command) == 2
+        assert "scaling_factor: " in capsys.readouterr().err
+        command.append("scaling_factor=0.3")
+        again = diffusers.AutoencoderKL.from_single_file(str(file), config=str(tmp_path / "theirs"))
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    assert cli.execute(command) == 0
+    reopened = type(theirs).from_pretrained(tmp_path / "runs/it" / component)
+    assert all(torch.equal(tensor, reopened.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    first_stage = load_first_stage(tmp_path / "runs/it").first_stage
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        encoded = theirs.encode(images)
+        expected = encoded.latent_dist.mean if kind == "kl" else encoded.latents
+        latents = first_stage.encode(images)
+        torch.testing.assert_close(latents, scale * expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(first_stage.decode(latents), theirs.decode(expected).sample, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
