@@ -261,6 +261,7 @@ class Conditioner(nn.Module):
     maps that are dropped are zeros.
 
     Its encoders and maps are all frozen, or all learned: then it is trained with the denoiser, as the objective says.
+    Of frozen text encoders, adapters may be trained.
 
     Args:
         encoders: in order; dropout addresses them by number. Without any there is no context: unconditional.
@@ -273,7 +274,10 @@ class Conditioner(nn.Module):
         encoders: their number.
         parts: encoders, sizes and maps together, the number of what can be dropped.
         learned: whether it is trained.
+        frozen_weights: names of buffers that are weights, beside which adapters are trained; see models/text_lora.py.
     """
+
+    frozen_weights: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -303,8 +307,11 @@ class Conditioner(nn.Module):
         self.train(self.learned)
 
     def train(self, mode: bool = True) -> Self:
-        """Frozen encoders stay in evaluation mode."""
-        return super().train(mode and self.learned)
+        """Frozen encoders stay in evaluation mode, with adapters too."""
+        super().train(mode and self.learned)
+        for encoder in self.numbered():
+            encoder.train(encoder.training and encoder.learned)
+        return self
 
     def numbered(self) -> list[Encoder]:
         """The encoders, by number."""

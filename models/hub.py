@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,11 @@ def load_weights(kind: Any, model: str, subfolder: str, dtype: Dtype, **options:
             f" {missing[0]}"
         )
     return loaded
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model is, whose weights may be buffers."""
+    return next(chain(model.parameters(), model.buffers())).device
 
 
 def load_part(load: Callable[..., Any], model: str, subfolder: str, **options: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from models.conditioner import Encoder, Outputs
-from models.hub import Dtype, load_part, load_weights
+from models.hub import Dtype, device_of, load_part, load_weights
 
 # Modules of a pair of encoders that pictures do not pass through.
 _OF_TEXT = ("text_model", "text_projection", "logit_scale", "logit_bias")
@@ -64,12 +64,12 @@ class ImageEncoder(Encoder):
 
     def forward(self, inputs: Tensor) -> Outputs:
         assert inputs.shape[1] == 3, "pictures that were not read cannot be encoded"
-        pixels = self.preparation(inputs.to(self.model.device))
+        pixels = self.preparation(inputs.to(device_of(self.model)))
         embedding = embed(self.model, pixels.to(self.model.dtype)).float()
         return embedding[:, None], embedding[:, : self.pooled_width]
 
     def null(self) -> Outputs:
-        device = self.model.device
+        device = device_of(self.model)
         return torch.zeros(1, 1, self.width, device=device), torch.zeros(1, self.pooled_width, device=device)
 
     def settings(self) -> dict[str, Any]:

@@ -43,18 +43,30 @@ class LoRA:
         alpha: their factor is alpha / rank.
         targets: which matrices and convolutions have one: ends of diffusers' names of their modules. MMDiT's text
             stream has add_q_proj, add_k_proj, add_v_proj and to_add_out; UNets have conv1, conv2 and others.
+        text_targets: of CLIP's text encoders, by transformers' names: q_proj, k_proj, v_proj, out_proj, fc1, fc2. They
+            are trained with the denoiser's then; see models/text_lora.py.
     """
 
     base: str | None = None
     rank: int = 16
     alpha: float = 16.0
     targets: list[str] = field(default_factory=lambda: list(ATTENTION))
+    text_targets: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: an adapter's rank is at least 1")
         if not self.targets:
             raise ValueError("targets is empty: name modules to adapt, such as to_q")
+
+    @staticmethod
+    @torch.no_grad()
+    def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """A as torch's own layers, B zero: a network begins as it was."""
+        if name.endswith("lora_up"):
+            tensor.zero_()
+        else:
+            nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
 
     def adapt(self, network: nn.Module, base: str) -> nn.Module:
         """The network with adapters, on the device that it is on; `init_buffers` reads its own weights from `base`.
@@ -163,13 +175,9 @@ class _Adapted(nn.Module):
     base: str
     frozen_weights: tuple[str, ...]
 
-    @torch.no_grad()
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """A as torch's own layers, B zero: the network begins as it was."""
-        if name.endswith("lora_up"):
-            tensor.zero_()
-        else:
-            nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
+        """See `LoRA.init_parameter`."""
+        self.lora.init_parameter(name, tensor, generator)
 
     @torch.no_grad()
     def init_buffers(self) -> None:
@@ -243,34 +251,6 @@ class Adapter:
             raise ValueError(f"{folder} holds adapters of {', '.join(found)}, and not of a denoiser alone")
         return found[DENOISER]
 
-    def save(self, folder: Path, component: str, base: str) -> None:
-        """Write the files that peft and diffusers read.
-
-        Args:
-            component: "unet" or "transformer".
-            base: whose adapters they are.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        named = {
-            f"{module}.lora_{side}.weight": tensor.contiguous()
-            for side, tensors in (("A", self.down), ("B", self.up))
-            for module, tensor in tensors.items()
-        }
-        modules = sorted(self.down)
-        first = modules[0]
-        config: dict[str, Any] = {
-            **{"peft_type": "LORA", "base_model_name_or_path": base, "task_type": None, "inference_mode": True},
-            **{"r": len(self.down[first]), "lora_alpha": self.alphas[first], "lora_dropout": 0.0, "bias": "none"},
-            **{"target_modules": modules, "rank_pattern": {}, "alpha_pattern": {}},
-        }
-        save_file({_PEFT_PREFIX + name: t for name, t in named.items()}, folder / PEFT_FILE, {"format": "pt"})
-        write_json(folder / CONFIG_FILE, config)
-        told = {
-            f"{component}.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
-        }
-        metadata = {"format": "pt", _METADATA: json.dumps(told)}
-        save_file({f"{component}.{name}": t for name, t in named.items()}, folder / DIFFUSERS_FILE, metadata)
-
     @torch.no_grad()
     def merge_into(self, network: nn.Module, scale: float = 1.0) -> None:
         """Add the adapters to a network's own weights.
@@ -332,6 +312,39 @@ def _is_convolution(network: Any, name: str, weight: Tensor) -> bool:
     return next(iter(network.to_diffusers(name, weight).values())).ndim == 4
 
 
+def save_adapters(adapters: Mapping[str, Adapter], folder: Path, component: str, base: str) -> None:
+    """Write the files that peft and diffusers read: the denoiser's adapters for both, text encoders' for diffusers.
+
+    Args:
+        adapters: of `DENOISER`, and of text encoders by their component: "text_encoder", "text_encoder_2" ...
+        component: the denoiser's: "unet" or "transformer".
+        base: whose adapters they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole: dict[str, Tensor] = {}
+    told: dict[str, Any] = {}
+    for name, adapter in adapters.items():
+        part = component if name == DENOISER else name
+        named = {
+            f"{module}.lora_{side}.weight": tensor.contiguous()
+            for side, tensors in (("A", adapter.down), ("B", adapter.up))
+            for module, tensor in tensors.items()
+        }
+        modules = sorted(adapter.down)
+        first = modules[0]
+        config: dict[str, Any] = {
+            **{"r": len(adapter.down[first]), "lora_alpha": adapter.alphas[first], "lora_dropout": 0.0, "bias": "none"},
+            "target_modules": sorted(map(_bare, modules)),
+        }
+        whole |= {f"{part}.{key}": tensor for key, tensor in named.items()}
+        told |= {f"{part}.{key}": value for key, value in config.items()}
+        if name == DENOISER:
+            config |= {"peft_type": "LORA", "base_model_name_or_path": base, "task_type": None, "inference_mode": True}
+            write_json(folder / CONFIG_FILE, config | {"rank_pattern": {}, "alpha_pattern": {}})
+            save_file({_PEFT_PREFIX + key: t for key, t in named.items()}, folder / PEFT_FILE, {"format": "pt"})
+    save_file(whole, folder / DIFFUSERS_FILE, {"format": "pt", _METADATA: json.dumps(told)})
+
+
 def load_adapters(folder: str | Path) -> dict[str, Adapter]:
     """A folder of peft's or diffusers' layout, or a file of either: adapters of `DENOISER`, and of "text_encoder",
     "text_encoder_2" ... where it holds any.
@@ -340,7 +353,7 @@ def load_adapters(folder: str | Path) -> dict[str, Adapter]:
         ValueError: there is none, or it holds adapters of another kind.
     """
     path = Path(folder)
-    file = next((f for f in (path, path / PEFT_FILE, path / DIFFUSERS_FILE) if f.is_file()), None)
+    file = next((f for f in (path, path / DIFFUSERS_FILE, path / PEFT_FILE) if f.is_file()), None)
     if file is None:
         raise ValueError(f"{path} holds no adapters: neither {PEFT_FILE} nor {DIFFUSERS_FILE}")
     source = open_file(file)

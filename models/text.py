@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from models.conditioner import Encoder, Outputs
-from models.hub import Dtype, load_part, load_weights
+from models.hub import Dtype, device_of, load_part, load_weights
 
 
 class TextEncoder(Encoder):
@@ -69,7 +69,7 @@ class ClipEncoder(TextEncoder):
     def forward(self, inputs: Sequence[str]) -> Outputs:
         # Padding is attended to, and told apart by CLIP's causal mask alone, as in Stable Diffusion.
         tokens = _tokenize(self.tokenizer, inputs, self.length)
-        output = self.model(tokens.input_ids.to(self.model.device), output_hidden_states=True)
+        output = self.model(tokens.input_ids.to(device_of(self.model)), output_hidden_states=True)
         states = output.last_hidden_state if self.layer == "last" else output.hidden_states[-2]
         pooled = output.text_embeds if self.pooled_width else states[:, 0, :0]
         return states.float(), pooled.float()
@@ -115,7 +115,7 @@ class T5Encoder(TextEncoder):
 
     def forward(self, inputs: Sequence[str]) -> Outputs:
         tokens = _tokenize(self.tokenizer, inputs, self.length)
-        ids, mask = tokens.input_ids.to(self.model.device), tokens.attention_mask.to(self.model.device)
+        ids, mask = tokens.input_ids.to(device_of(self.model)), tokens.attention_mask.to(device_of(self.model))
         states = self.model(ids, attention_mask=mask if self.masked else None).last_hidden_state.float()
         of_caption = states * mask[..., None]
         # The end-of-sequence token is there even in "", so no count is zero.
@@ -129,3 +129,10 @@ class T5Encoder(TextEncoder):
 
 def _tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> Any:
     return tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+def published_name(name: str) -> str:
+    """The name in published files, which releases of transformers before 5.6 need, of a text encoder's tensor or
+    module."""
+    bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
+    return f"text_model.{name}" if bare else name

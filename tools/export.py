@@ -16,11 +16,12 @@ from conf.schema import build
 from models.autoencoder import AutoencoderKL
 from models.clip import CLIP
 from models.first_stage import FirstStage
+from models.lora import DENOISER, save_adapters
 from models.original.checkpoint import family_of, to_original
 from models.pipeline_folder import INDEX, TRANSFORMERS_STEM, ComponentTensors, PipelineFolder, stem_of
 from models.pretrained import DIFFUSERS_VERSION, STEM, ComponentFolder, Pretrained, save
 from models.tensor_files import Meta, write_file, write_json, write_stem
-from models.text import TextEncoder
+from models.text import TextEncoder, published_name
 from models.vq import VQModel
 from tools.importing import converted, is_network, rewrite
 from trainer.checkpoint import load_weights
@@ -32,6 +33,7 @@ from trainer.loading import (
     find_checkpoint,
     load_adapter,
     load_model,
+    load_text_adapters,
     merge_adapters,
 )
 from trainer.networks import adapter_base
@@ -99,10 +101,13 @@ def _write_adapters(path: Path, trained: Any, folder: Path, config: Any) -> list
     """What a run has trained beside weights that stay."""
     if config.adapters:
         raise ConfigError("adapters: this run's own are exported alone; set merge=true to put all into the weights.")
-    adapter = load_adapter(path, trained, average_of(path, config.average))
-    base = adapter_base(trained)
+    average, base = average_of(path, config.average), adapter_base(trained)
+    adapters = {DENOISER: load_adapter(path, trained, average)}
+    for number, adapter in load_text_adapters(path, trained, average).items():
+        own = trained.conditioner.encoders[number].get("subfolder")
+        adapters[own or f"text_encoder{f'_{number + 1}' if number else ''}"] = adapter
     component = "transformer" if "Transformer" in ComponentFolder(base).config["_class_name"] else "unet"
-    adapter.save(folder, component, base)
+    save_adapters(adapters, folder, component, base)
     return [f"Adapters for {base}, whose weights are not in it (merge=true: with them)."]
 
 
@@ -232,7 +237,7 @@ def _save_text(
     model: Any = encoder.model
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder / name)
-    state = {_published(key): tensor for key, tensor in model.state_dict().items()}
+    state = {published_name(key): tensor for key, tensor in model.state_dict().items()}
     state.pop("encoder.embed_tokens.weight", None)  # T5's second name for its embeddings
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -242,12 +247,6 @@ def _save_text(
     write_stem(folder / name, TRANSFORMERS_STEM, layout, tensors(), config.shard_bytes)
     encoder.tokenizer.save_pretrained(folder / tokenizer)
     return ["transformers", type(model).__name__], ["transformers", type(encoder.tokenizer).__name__]
-
-
-def _published(name: str) -> str:
-    """A text encoder's name as in published files, which releases of transformers before 5.6 need."""
-    bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
-    return f"text_model.{name}" if bare else name
 
 
 def _write_single(folder: Path, out: Path) -> list[str]:

@@ -53,7 +53,7 @@ from trainer.config import Config as TrainConfig
 from trainer.distributed import World, first_on_node, joined
 from trainer.encodings import of_source, rows_of, wanted_encoding, with_moments
 from trainer.engines.networks import prepare_frozen
-from trainer.networks import build_conditioner, conditioner_learns, embeds_images
+from trainer.networks import adapts_text, build_conditioner, conditioner_learns, embeds_images
 from trainer.rank_progress import rank_progress
 
 # Ranks meet only at the end, some long after the others.
@@ -184,7 +184,7 @@ def _prepare(config: Any, data: TarData, buckets: Buckets, world: World) -> tupl
     if settings.latents:
         with torch.device("meta"):
             networks["first_stage"] = build(config.first_stage)
-    if settings.conditions and not conditioner_learns(config.conditioner):
+    if settings.conditions and not (conditioner_learns(config.conditioner) or adapts_text(config)):
         networks["conditioner"] = build_conditioner(config.conditioner, split, world)
     encoding = wanted_encoding(
         config, data, networks.get("first_stage"), networks.get("conditioner"), world.device, settings.dtype

@@ -27,6 +27,7 @@ from data.tars import Source, TarData
 from models.conditioner import Conditioner
 from models.first_stage import AutoencoderFirstStage
 from trainer.distributed import World
+from trainer.networks import adapts_text
 
 
 def use_encodings(config: Any, data: TarData, networks: dict[str, nn.Module], world: World) -> dict[str, nn.Module]:
@@ -70,6 +71,11 @@ def _checked(config: Any, data: TarData, networks: dict[str, nn.Module], device:
         raise ValueError(
             f"data.encoded={data.encoded} holds latents alone, in the place of pictures, which this run's conditioner"
             " embeds: encode again, with encode.conditions=true"
+        )
+    if conditions and adapts_text(config):
+        raise ValueError(
+            f"data.encoded={data.encoded} holds embeddings of text encoders, and this run trains adapters of them"
+            " (adapter.text_targets): encode again by this run's own command, which leaves embeddings out"
         )
     wanted = wanted_encoding(
         config, data, networks["first_stage"] if latents else None, conditioner if conditions else None, device

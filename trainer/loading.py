@@ -17,10 +17,11 @@ from models.lora import DENOISER, Adapter, load_adapters
 from models.pipeline_folder import INDEX, PipelineFolder
 from models.pretrained import ComponentFolder, load
 from models.process import Process
+from models.text_lora import text_adapters
 from models.vq import VQModel
 from trainer.checkpoint import CheckpointError, CheckpointPolicy, load_weights, read_record
 from trainer.checkpoint.format import is_committed
-from trainer.networks import adapted, adapter_base, conditioner_learns
+from trainer.networks import adapted, adapter_base, adapts_text, conditioner_learns
 from trainer.pipelines import config_of, denoiser_of
 from trainer.published import TEXT_ENCODERS, pipeline_of
 
@@ -165,6 +166,8 @@ def _load_checkpoint(path: Path, ema: str, exact: bool) -> Loaded:
         conditioner = _trained(path, "conditioner", config.conditioner, length)
     else:
         conditioner = build(config.conditioner)
+    for number, adapter in load_text_adapters(path, config, length).items():
+        adapter.merge_into_text(conditioner.numbered()[number].model)
     buckets = build(config.buckets)
     first = next(iter(config.data.sources.values()))  # all sources have the same kinds of fields
     fields = {**(config.data.get("fields") or {}), **(first.get("fields") or {})}
@@ -206,6 +209,17 @@ def load_adapter(path: Path, config: Any, length: str | None) -> Adapter:
     weights = load_weights(path, "denoiser", ema=length)
     _check_shapes(path, "denoiser", network, weights)
     return Adapter.of(network, weights)
+
+
+def load_text_adapters(path: Path, config: Any, length: str | None) -> dict[int, Adapter]:
+    """The adapters of text encoders in a checkpoint, by the number of the encoder; none where the run has none.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    if not adapts_text(config):
+        return {}
+    return text_adapters(load_weights(path, "conditioner", ema=length), build(config.adapter).alpha)
 
 
 def merge_adapters(folder: str | Path, loaded: Loaded, scale: float = 1.0) -> None:

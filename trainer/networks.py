@@ -16,6 +16,8 @@ from models.conditioner import ConditionMap, LearnedEncoder
 from models.conditions import NeighbourEncoder
 from models.each import EachEncoder
 from models.pipeline_folder import INDEX, PipelineFolder
+from models.text import ClipEncoder
+from models.text_lora import adapt_text
 from trainer.distributed import World, barrier
 from trainer.objectives.base import DropsCaptions, Objective
 
@@ -36,6 +38,9 @@ def build_networks(config: Any, objective: Objective, split: TarSplit, world: Wo
     if "conditioner" in objective.networks:
         if "conditioner" not in networks:
             networks["conditioner"] = build_conditioner(config.conditioner, split, world)
+        if adapts_text(config):
+            with mistakes():
+                adapt_text(networks["conditioner"], build(config.adapter), config.seed)
         if "denoiser" in networks:
             conditioner = networks["conditioner"]
             _check_conditions(networks["denoiser"], conditioner.context_dim, conditioner.pooled_dim)
@@ -71,7 +76,7 @@ def check_networks(config: Any, objective: Objective) -> None:
             sizes, maps = config.conditioner.get("sizes"), config.conditioner.get("maps")
             objective.check_encoders(encoders, (sizes is not None) + len(maps or []))
     if "conditioner" in objective.networks:
-        _check_learning(config.conditioner, objective)
+        _check_learning(config, objective)
         _check_fields(config)
     networks = networks_on_meta(config, objective)
     if "denoiser" not in networks:
@@ -92,9 +97,12 @@ def check_networks(config: Any, objective: Objective) -> None:
 
 def _check_learning(config: Any, objective: Objective) -> None:
     trained = any("conditioner" in phase.trainable for phase in objective.phases)
-    if conditioner_learns(config) and not trained:
+    learns, adapts = conditioner_learns(config.conditioner), adapts_text(config)
+    if adapts and (learns or not _has_clip(config.conditioner)):
+        raise ConfigError("adapter.text_targets: the conditioner has no CLIP text encoder that is frozen.")
+    if (learns or adapts) and not trained:
         raise ConfigError("the conditioner learns with the denoiser: set objective.train_conditioner=true.")
-    if trained and not conditioner_learns(config):
+    if trained and not (learns or adapts):
         raise ConfigError("objective.train_conditioner=true: the conditioner is frozen, and has nothing to learn.")
 
 
@@ -158,8 +166,17 @@ def adapter_base(config: Any) -> str:
     return path
 
 
+def adapts_text(config: Any) -> bool:
+    """Whether a run trains adapters of its text encoders."""
+    return bool((config.get("adapter") or {}).get("text_targets"))
+
+
+def _has_clip(config: Any) -> bool:
+    return any(target(node["_target_"], "conditioner.encoders") is ClipEncoder for node in config.get("encoders", []))
+
+
 def conditioner_learns(config: Any) -> bool:
-    """Whether the conditioner is trained with the denoiser."""
+    """Whether the conditioner is trained with the denoiser, from nothing."""
     nodes = [*config.get("encoders", []), *(config.get("maps") or [])]
     return any(getattr(target(node["_target_"], "conditioner"), "learned", False) for node in nodes)
 

@@ -8,7 +8,7 @@ import torch
 
 from models.conditioner import Given
 from models.initialization import initialize
-from models.lora import CONFIG_FILE, DIFFUSERS_FILE, PEFT_FILE, Adapter, LoRA
+from models.lora import CONFIG_FILE, DENOISER, DIFFUSERS_FILE, PEFT_FILE, Adapter, LoRA, save_adapters
 from models.pipeline_folder import PipelineFolder
 from models.pretrained import load
 from tests.foreign import ask, install
@@ -83,8 +83,8 @@ def test_adapters_beside_the_weights_are_adapters_in_them(kind, targets, made):
 def test_files_come_back(kind, made, tmp_path):
     network = adapted(made(kind), targets=ALL)
     adapter = Adapter.of(network, dict(network.named_parameters()))
-    adapter.save(tmp_path, PipelineFolder(made(kind)).denoiser, "base")
-    for file in (tmp_path, tmp_path / DIFFUSERS_FILE):
+    save_adapters({DENOISER: adapter}, tmp_path, PipelineFolder(made(kind)).denoiser, "base")
+    for file in (tmp_path, tmp_path / DIFFUSERS_FILE, tmp_path / PEFT_FILE):
         again = Adapter.load(file)
         assert again.down.keys() == adapter.down.keys() == again.up.keys()
         for module in adapter.down:
@@ -136,7 +136,7 @@ def test_diffusers_and_peft_read_our_adapters_and_we_read_theirs(kind, made, tmp
     libraries = install(tmp_path_factory.getbasetemp() / "peft", "peft")
     network = adapted(made(kind), targets=ALL[:4] if kind == "sd3" else ALL)
     adapter = Adapter.of(network, dict(network.named_parameters()))
-    adapter.save(tmp_path / "adapters", PipelineFolder(made(kind)).denoiser, "base")
+    save_adapters({DENOISER: adapter}, tmp_path / "adapters", PipelineFolder(made(kind)).denoiser, "base")
     given = inputs(network, kind)
     save_file(given, tmp_path / "given.safetensors")
     ask(

@@ -13,7 +13,7 @@ from tests.trainer.jobs import QUICK, train_on
 from tools import cli
 from tools.demo.scenes import write_tars
 from trainer.checkpoint.weights import saved_shapes
-from trainer.loading import load_model
+from trainer.loading import load_model, merge_adapters
 
 KINDS = {"sd1": tiny_pipelines.sd1, "sd3": tiny_pipelines.sd3}
 
@@ -87,6 +87,41 @@ def test_adapters_are_trained_on_two_ranks_and_resumed(kind, engine, made, tmp_p
     assert max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
 
 
+@pytest.mark.parametrize("kind, engine", [("sd1", "fsdp"), ("sd3", "deepspeed engine.stage=2")])
+def test_text_encoders_are_adapted_with_the_denoiser(kind, engine, made, tmp_path):
+    base = made(kind)
+    write_tars(tmp_path / "scenes", 20, seed=0)
+    shared = [f"experiment={base}/experiment.yaml", "adapter=lora", "adapter.rank=2", "batch=4", "lanes=2"]
+    shared += ["adapter.text_targets=[q_proj,fc1]", "objective.train_conditioner=true", "ema=constant"]
+    shared += [f"data.sources.scenes.shards={tmp_path}/scenes", "buckets=square", "buckets.size=16"]
+    shared += ["schedule.lr=0.01", "schedule.warmup=0"]
+    where = [f"engine={engine.split()[0]}", *engine.split()[1:]]
+    train_on(1, tmp_path, "name=whole", *shared, "engine=fsdp", "steps=4", small=QUICK)
+    train_on(2, tmp_path, "name=split", *shared, *where, "steps=2", small=QUICK)
+    train_on(2, tmp_path, "name=split", *shared, *where, "steps=4", small=QUICK)
+
+    def texts(source: Path) -> dict[str, torch.Tensor]:
+        return dict(load_model(source, ema="none").networks["conditioner"].state_dict())
+
+    runs = tmp_path / "runs"
+    whole, split, start = texts(runs / "whole"), texts(runs / "split"), texts(base)
+    changed = {name for name in start if not torch.equal(split[name], start[name])}
+    assert changed and all(name.endswith(("q_proj.weight", "fc1.weight")) for name in changed)
+    assert len({name.split(".")[1] for name in changed}) == (1 if kind == "sd1" else 2)
+    for name in start:
+        torch.testing.assert_close(split[name], whole[name], rtol=1e-3, atol=1e-4)
+
+    command = ["export", f"source={runs}/split", "average=none"]
+    assert cli.execute([*command, f"out={tmp_path}/adapters"]) == 0
+    adapted = load_model(base)
+    merge_adapters(tmp_path / "adapters", adapted)
+    assert cli.execute([*command, f"out={tmp_path}/merged", "merge=true"]) == 0
+    merged = texts(tmp_path / "merged")
+    for name, tensor in split.items():
+        torch.testing.assert_close(adapted.networks["conditioner"].state_dict()[name], tensor)
+        torch.testing.assert_close(merged[name], tensor)
+
+
 def test_bf16_adapts_weights_in_bf16(made, tmp_path):
     base = made("sd3")
     write_tars(tmp_path / "scenes", 20, seed=0)
@@ -108,6 +143,8 @@ def test_what_cannot_be_adapted_is_named(made, tmp_path, capsys):
         (["name=a"], "adapter.base"),
         (["name=b", experiment, "adapter.base=/nowhere"], "no diffusers folder"),
         (["name=c", experiment, "adapter.targets=[nothing]", "buckets=square", "buckets.size=16"], "adapter.targets"),
+        (["name=d", experiment, "adapter.text_targets=[q_proj]"], "objective.train_conditioner=true"),
+        (["name=e", experiment, "conditioner=unconditional", "adapter.text_targets=[q_proj]"], "no CLIP text encoder"),
     ]:
         assert cli.execute([*train, *more]) == 2
         assert named in capsys.readouterr().err
