@@ -122,6 +122,19 @@ def test_text_encoders_are_adapted_with_the_denoiser(kind, engine, made, tmp_pat
         torch.testing.assert_close(merged[name], tensor)
 
 
+def test_embeddings_of_encoders_that_are_adapted_are_not_kept(made, tmp_path, capsys):
+    write_tars(tmp_path / "scenes", 8, seed=0)
+    shared = [f"experiment={made('sd1')}/experiment.yaml", f"data.sources.scenes.shards={tmp_path}/scenes", *QUICK]
+    shared += ["buckets=square", "buckets.size=16", "data.crop=center", "batch=4", "lanes=2", "steps=1", "ema=none"]
+    shared += [f"runs={tmp_path}/runs", "adapter=lora"]
+    text = ["adapter.text_targets=[q_proj]", "objective.train_conditioner=true"]
+    assert cli.execute(["encode", *shared, *text, "data.encoded=latents"]) == 0
+    assert cli.execute(["encode", *shared, "data.encoded=both"]) == 0
+    for name, status in (("latents", 0), ("both", 1)):
+        assert cli.execute(["train", *shared, *text, f"data.encoded={name}", f"name={name}"]) == status
+    assert "trains adapters of them" in capsys.readouterr().err
+
+
 def test_bf16_adapts_weights_in_bf16(made, tmp_path):
     base = made("sd3")
     write_tars(tmp_path / "scenes", 20, seed=0)
