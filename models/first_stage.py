@@ -182,12 +182,15 @@ class AutoencoderFirstStage(FirstStage):
         }
         if ours["scaling_factor"] is None:
             self.scaling_factor, self.shift_factor = theirs["scaling_factor"], theirs.get("shift_factor") or 0.0
-            return weights
-        for key, value in theirs.items():
-            if key in weights.config and ours[key] != value:
-                raise ValueError(
-                    f"first_stage.autoencoder.{key} is {ours[key]}, but {weights.path} was trained with {value}"
-                )
+            ours |= theirs
+        else:
+            for key, value in theirs.items():
+                if key in weights.config and ours[key] != value:
+                    raise ValueError(
+                        f"first_stage.autoencoder.{key} is {ours[key]}, but {weights.path} was trained with {value}"
+                    )
+        # What else the folder says of its weights goes out with them.
+        self.autoencoder.config = {**weights.config, **ours}
         return weights
 
 

@@ -110,6 +110,13 @@ def test_the_scaling_of_a_folder_is_taken_where_none_is_given(tmp_path):
     assert (stage.scaling_factor, stage.shift_factor) == (1.5, 0.06)
     images = torch.rand(1, 3, 8, 8) * 2 - 1
     assert torch.equal(stage.encode(images), filled_from(tmp_path).encode(images))
+    # It goes out with the weights, as all that the folder says of them.
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(config | {"force_upcast": False, "a_key_of_next_year": 1}))
+    save(filled_from(tmp_path, scaling_factor=None, shift_factor=None).autoencoder, tmp_path / "again")
+    again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "again").config
+    assert (again.scaling_factor, again.shift_factor, again.force_upcast) == (1.5, 0.06, False)
+    assert json.loads((tmp_path / "again/config.json").read_text())["a_key_of_next_year"] == 1
     # Folders of 2022 have no scaling factor: diffusers takes its class's default.
     config = json.loads((tmp_path / "vae/config.json").read_text())
     del config["scaling_factor"], config["shift_factor"]

@@ -50,8 +50,9 @@ def made(tmp_path_factory):
         if kind not in folders:
             folders[kind] = (KINDS | BESIDE)[kind](tmp_path_factory.mktemp(kind))
             # What a release to come may write.
-            file = folders[kind] / PipelineFolder(folders[kind]).denoiser / "config.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"a_key_of_next_year": [1, 2]}))
+            for part in (PipelineFolder(folders[kind]).denoiser, "vae"):
+                file = folders[kind] / part / "config.json"
+                file.write_text(json.dumps(json.loads(file.read_text()) | {"a_key_of_next_year": [1, 2]}))
         return folders[kind]
 
     return make
@@ -129,7 +130,8 @@ def test_an_imported_model_is_trained_on_and_drawn_by_diffusers(kind, made, tmp_
     ours, theirs = PipelineFolder(tmp_path / "out"), PipelineFolder(made(kind))
     assert ours.index == theirs.index | {"_diffusers_version": ours.index["_diffusers_version"]}
     assert ours.config("scheduler") == theirs.config("scheduler")
-    assert ours.config(ours.denoiser)["a_key_of_next_year"] == [1, 2]
+    for part in (ours.denoiser, "vae"):
+        assert ours.config(part)["a_key_of_next_year"] == [1, 2]
     before, after = weights(made(kind)), weights(tmp_path / "out")
     changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {ours.denoiser}
