@@ -163,7 +163,7 @@ def _load_checkpoint(path: Path, ema: str, exact: bool) -> Loaded:
     with torch.device("meta"):
         first_stage = build(config.first_stage)
     if conditioner_learns(config.conditioner):
-        conditioner = _trained(path, "conditioner", config.conditioner, length)
+        conditioner: Any = _trained(path, "conditioner", config.conditioner, length)
     else:
         conditioner = build(config.conditioner)
     for number, adapter in load_text_adapters(path, config, length).items():

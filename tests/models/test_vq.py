@@ -97,6 +97,13 @@ def test_codes_are_the_nearest_by_brute_force():
     assert torch.equal(quantizer(z).codes, nearest)
 
 
+def test_first_codes_are_uniform_within_one_over_their_number():
+    codes = initialize(VQModel(num_vq_embeddings=256, norm_num_groups=4, block_out_channels=[8]), 0).quantize.embedding
+    shares = codes.weight * 256
+    assert -1 <= shares.min() < -0.95 and 0.95 < shares.max() <= 1
+    assert shares.mean().abs() < 0.1 and abs(shares.std() - 3**-0.5) < 0.03
+
+
 def test_no_codes_are_refused():
     with pytest.raises(ValueError, match="num_vq_embeddings=0"):
         VQModel(num_vq_embeddings=0)
