@@ -109,6 +109,26 @@ def test_the_discriminator_has_the_hinge_loss_of_its_own_phase():
     assert networks["discriminator"].main[0].weight.grad.any()
 
 
+def test_the_adaptive_weight_is_ten_thousand_at_most():
+    """Of a discriminator whose gradient is lost."""
+    networks = networks_of("kl")
+    torch.nn.init.zeros_(networks["discriminator"].main[-1].weight)
+    objective = Autoencoding(**KL)
+    losses = objective.losses(objective.phases[0], networks, batch_at(2))
+    assert losses.logs["adaptive_weight"].tolist() == [1e4] * 3
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_the_validation_loss_is_that_of_training_without_the_discriminator(kind):
+    objective = Autoencoding(**(KL if kind == "kl" else VQ))
+    with torch.no_grad():
+        values = objective.validation_losses(networks_of(kind), batch_at(-1))
+    nll = values["l1"] + values["random_features"]
+    penalty = values["divergence"] * 1e-3 if kind == "kl" else values["codebook"]
+    assert (penalty > 0).all()
+    torch.testing.assert_close(values["loss"], nll * (3 * 32 * 24 if kind == "kl" else 1) + penalty)
+
+
 def test_validation_is_of_means_and_tells_what_codes_are_used():
     objective = Autoencoding(**VQ)
     networks = networks_of("vq")

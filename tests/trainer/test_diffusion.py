@@ -106,6 +106,33 @@ def test_offset_noise_is_one_number_for_a_channel():
     assert 0.04 < numbers.std() < 0.06
 
 
+def test_offset_noise_is_drawn_apart_from_the_noise():
+    """Of latents with many channels, whose offsets would else begin like the noise itself."""
+    x0, t = torch.zeros(64, 16, 4, 4), torch.full((64,), 0.5)
+    seen = []
+    for offset in (0.0, 1.0):
+        objective, _, denoiser = run(offset_noise=offset)
+        objective.losses_at(denoiser, x0, {}, batch_of(64), t)
+        seen.append(noise_of(*denoiser.seen[0], x0))
+    noise, numbers = seen[0].flatten(1), (seen[1] - seen[0])[:, :, 0, 0]
+    correlations = torch.corrcoef(torch.cat([noise, numbers], dim=1).T)[:256, 256:]
+    assert correlations.abs().max() < 0.7
+
+
+def test_validation_is_under_offset_noise_too():
+    batch = batch_of()
+    x0 = batch.images.float() / 127.5 - 1
+    noises = []
+    for offset in (0.0, 0.5):
+        objective, networks, denoiser = run(offset_noise=offset, validation_times=4)
+        objective.validation_losses(networks, batch)
+        noises.append([noise_of(x_t, timestep, x0) for x_t, timestep in denoiser.seen])
+    for plain, shifted in zip(*noises, strict=True):
+        added = shifted - plain
+        torch.testing.assert_close(added, added.mean((2, 3), keepdim=True).expand_as(added), rtol=0, atol=1e-3)
+        assert added.mean((2, 3)).std() > 0.2
+
+
 def test_offset_noise_belongs_to_the_sample():
     objective, networks, denoiser = run(offset_noise=1.0)
     batch = batch_of()
