@@ -121,6 +121,15 @@ def test_precision_and_recall_are_brute_forces():
     assert 0.3 < precision < 1 and 0 < recall < 0.9
 
 
+def test_precision_is_of_the_drawn_and_recall_of_the_reference(alone: dict):
+    features = RandomStandIn(WIDTH)
+    real, drawn = features(pictures(120, 0)), features(pictures(95, 1))
+    precision = share_within(drawn, real, neighbour_distances(real, 3))
+    recall = share_within(real, drawn, neighbour_distances(drawn, 3))
+    assert (alone["precision_random_stand_in"], alone["recall_random_stand_in"]) == (precision, recall)
+    assert precision != recall
+
+
 _PRDC = """
 import json, sys
 import numpy as np
