@@ -82,3 +82,4 @@ def test_the_refiners_sizes_end_with_a_score():
     told = Given(["", ""], (8, 8), fields={"score": torch.tensor([5.5, 6.25])}, crop=torch.tensor([[1, 2], [3, 4]]))
     assert ids(told).tolist() == [[8, 8, 1, 2, 5.5], [8, 8, 3, 4, 6.25]]
     assert ids(Given([""], (8, 8))).tolist() == [[8, 8, 0, 0, 6.0]]
+    assert SizeIds("score", default_aesthetic=4.5)(Given([""], (8, 8))).tolist() == [[8, 8, 0, 0, 4.5]]

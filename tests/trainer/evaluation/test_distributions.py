@@ -91,6 +91,23 @@ def test_the_frechet_distance_is_scipys(alone: dict):
     assert alone["fid_random_stand_in"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_each_setting_is_measured_for_itself_against_one_reference():
+    """What a metric saw before its last result is forgotten, but not the reference."""
+    features = RandomStandIn(WIDTH)
+    for metric in (
+        FrechetDistance("fid", features),
+        KernelDistance("kid", features, 10, 50),
+        PrecisionRecall(features),
+    ):
+        first = measured(metric, pictures(120, 0), pictures(95, 1))
+        others = pictures(95, 2)
+        metric.see(Seen(range(95), others, [""] * 95))
+        other = metric.result()
+        metric.see(Seen(range(95), pictures(95, 1), [""] * 95))
+        assert metric.result() == pytest.approx(first, rel=1e-6)
+        assert other != pytest.approx(first, rel=1e-3)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_give_what_one_process_gives(alone: dict, size: int):
     first, *others = ranks(size).run(_on_ranks, size)
