@@ -357,7 +357,7 @@ def load_adapters(folder: str | Path) -> dict[str, Adapter]:
     if file is None:
         raise ValueError(f"{path} holds no adapters: neither {PEFT_FILE} nor {DIFFUSERS_FILE}")
     source = open_file(file)
-    beside = path / CONFIG_FILE
+    beside = file.with_name(CONFIG_FILE)
     config = read_json(beside) if beside.is_file() and file.name == PEFT_FILE else _told_in(file)
     found: dict[str, Adapter] = {}
     unknown = []

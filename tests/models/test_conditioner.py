@@ -77,6 +77,11 @@ def test_without_parts_there_are_no_conditions_and_learned_and_frozen_ones_do_no
         Conditioner([frozen, Numbers()])
 
 
+def test_the_sizes_of_the_base_end_with_the_target_that_is_asked_for():
+    told = Given(["", ""], (8, 8), target_size=torch.tensor([[16, 24], [8, 4]]), crop=torch.tensor([[1, 2], [3, 4]]))
+    assert SizeIds()(told).tolist() == [[8, 8, 1, 2, 16, 24], [8, 8, 3, 4, 8, 4]]
+
+
 def test_the_refiners_sizes_end_with_a_score():
     ids = SizeIds(aesthetic="score")
     told = Given(["", ""], (8, 8), fields={"score": torch.tensor([5.5, 6.25])}, crop=torch.tensor([[1, 2], [3, 4]]))
