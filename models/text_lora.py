@@ -41,9 +41,8 @@ def adapt_text(conditioner: Conditioner, lora: LoRA, seed: int) -> None:
         adapted = isinstance(module, AdaptedLinear)
         for name, parameter in list(module.named_parameters(recurse=False)):
             if adapted:
-                if not parameter.is_meta:  # as in a plan
-                    drawn = parameter_generator(seed, "conditioner", f"{prefix}.{name}", parameter.device)
-                    lora.init_parameter(name, parameter, drawn)
+                drawn = parameter_generator(seed, "conditioner", f"{prefix}.{name}", parameter.device)
+                lora.init_parameter(name, parameter, drawn)
             else:
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())

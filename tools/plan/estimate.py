@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +20,7 @@ from tools.plan.zero import zero_buffers, zero_states, zero_traffic
 from trainer.engines import networks as shared
 from trainer.engines.deepspeed import DeepSpeed, live_elements
 from trainer.engines.fsdp import FSDP
+from trainer.networks import adapts_text
 from trainer.passes import Passes
 
 HEADROOM = 0.1
@@ -79,12 +81,15 @@ def estimate(config: Any, ranks: int) -> Estimate:
     """What a `train` config takes on so many ranks. Reads no data and no weights; in a process without a process group.
 
     Blocks count as they run without `engine.compile`, which keeps less. Text encoders count as if no caption were
-    dropped. Validation and sample grids are not counted.
+    dropped. Validation and sample grids are not counted, nor adapters of text encoders and what passes back to them.
 
     Raises:
         ConfigError: a text encoder whose size nothing here tells.
         ValueError: batch, lanes, ranks and passes do not divide each other.
     """
+    if adapts_text(config):
+        without = {"adapter": {"text_targets": []}, "objective": {"train_conditioner": False}}
+        config = OmegaConf.merge(config, without)
     objective = build(config.objective)
     engine = build(config.engine)
     engine.check(ranks)

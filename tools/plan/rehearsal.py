@@ -16,12 +16,11 @@ from data.encoded import EncoderSettings, Encoding, LatentSettings
 from data.fields import blank_fields
 from models.conditioner import Conditioner
 from models.first_stage import AutoencoderFirstStage
-from models.text_lora import adapt_text
 from tools.plan.encoders import planned_conditioner
 from tools.plan.fakes import ACTIVATIONS, GATHERED, GRADIENTS, STATES, Account, Fakes, fake_world
 from tools.plan.zero import Whole
 from trainer.engines.deepspeed import DeepSpeed
-from trainer.networks import adapts_text, networks_on_meta
+from trainer.networks import networks_on_meta
 from trainer.objectives.base import Objective
 from trainer.passes import Passes
 from trainer.phases import build_by_phase
@@ -58,8 +57,6 @@ def planned_networks(config: Any, objective: Objective) -> dict[str, nn.Module]:
     if "conditioner" in objective.networks:
         held = config.data.encoded is None or config.samples.every is not None
         networks["conditioner"] = planned_conditioner(config.conditioner, held)
-        if adapts_text(config):
-            adapt_text(networks["conditioner"], build(config.adapter), config.seed)
     return {name: networks[name] for name in objective.networks}
 
 
