@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.conditioner import Given
 from models.initialization import initialize
@@ -95,6 +96,35 @@ def test_files_come_back(kind, made, tmp_path):
     assert config["r"] == 3 and config["lora_alpha"] == 6.0 and config["peft_type"] == "LORA"
 
 
+def test_alphas_of_files_count(made, tmp_path):
+    network = adapted(made("sd1"))
+    adapter = Adapter.of(network, dict(network.named_parameters()))
+    save_adapters({DENOISER: adapter}, tmp_path, "unet", "base")
+    # Patterns among the settings, by ends of modules' names.
+    settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"alpha_pattern": {"attn1.to_q": 1.5}}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+    own = Adapter.load(tmp_path / PEFT_FILE).alphas
+    assert own == {module: 1.5 if module.endswith("attn1.to_q") else 6.0 for module in adapter.down}
+    assert set(own.values()) == {1.5, 6.0}
+    # Numbers of their own beside the matrices.
+    tensors = load_file(tmp_path / DIFFUSERS_FILE) | {f"unet.{m}.alpha": torch.tensor(2.0) for m in adapter.down}
+    save_file(tensors, tmp_path / "with.safetensors")
+    assert set(Adapter.load(tmp_path / "with.safetensors").alphas.values()) == {2.0}
+
+
+def test_a_scale_multiplies_what_is_merged(made):
+    network = adapted(made("sd1"))
+    adapter = Adapter.of(network, dict(network.named_parameters()))
+    plain, whole, half = (load(made("sd1") / "unet") for _ in range(3))
+    adapter.merge_into(whole)
+    adapter.merge_into(half, scale=0.5)
+    moved = 0.0
+    for a, b, c in zip(plain.parameters(), whole.parameters(), half.parameters(), strict=True):
+        torch.testing.assert_close(c - a, (b - a) / 2, rtol=1e-3, atol=1e-5)
+        moved += (b - a).abs().sum().item()
+    assert moved > 1
+
+
 _ASK = """
 import json, sys, torch, diffusers
 from peft import PeftModel
@@ -131,8 +161,6 @@ print(json.dumps(True))
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_diffusers_and_peft_read_our_adapters_and_we_read_theirs(kind, made, tmp_path, tmp_path_factory):
-    from safetensors.torch import load_file, save_file
-
     libraries = install(tmp_path_factory.getbasetemp() / "peft", "peft")
     network = adapted(made(kind), targets=ALL[:4] if kind == "sd3" else ALL)
     adapter = Adapter.of(network, dict(network.named_parameters()))
@@ -184,8 +212,6 @@ print(json.dumps(True))
 
 @torch.no_grad()
 def test_adapters_of_text_encoders_too_that_diffusers_has_written(made, tmp_path, tmp_path_factory):
-    from safetensors.torch import load_file
-
     ask(install(tmp_path_factory.getbasetemp() / "peft", "peft"), _TRAINED, str(made("sdxl")), str(tmp_path))
     outputs = load_file(tmp_path / "outputs.safetensors")
     loaded = load_model(made("sdxl"))

@@ -87,7 +87,7 @@ def test_adapters_are_trained_on_two_ranks_and_resumed(kind, engine, made, tmp_p
     assert max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
 
 
-@pytest.mark.parametrize("kind, engine", [("sd3", "fsdp"), ("sd1", "deepspeed engine.stage=2")])
+@pytest.mark.parametrize("kind, engine", [("sd1", "fsdp")])
 def test_text_encoders_are_adapted_with_the_denoiser(kind, engine, made, tmp_path):
     base = made(kind)
     write_tars(tmp_path / "scenes", 20, seed=0)
