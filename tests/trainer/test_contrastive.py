@@ -150,6 +150,8 @@ def alone(folder) -> list[dict]:
     ("name", "world", "layout"),
     [
         ("fsdp", 2, ["engine=fsdp"]),
+        ("zero2", 2, ["engine=deepspeed", "engine.stage=2"]),
+        ("zero3", 2, ["engine=deepspeed", "engine.stage=3"]),
         pytest.param("four", 4, ["engine=fsdp"], marks=pytest.mark.slow),
     ],
 )
