@@ -6,13 +6,17 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from shard_files import picture, write_tar
 
+from data.index import ensure_indexed
 from data.retrieval.database import Database
 from data.retrieval.embedding import Embedding
-from data.retrieval.index import Searcher
+from data.retrieval.field import Neighbours
+from data.retrieval.index import Searcher, brute_force
 from data.retrieval.looking import answer
+from data.store import Store
 from tests.data.curation.tiny_models import save_clip
 from tests.foreign import ask, install
 from tools.cli import execute
@@ -135,3 +139,32 @@ def test_its_back_end_answers_from_our_folders_as_we_do(theirs, model, shards, t
             assert [(one["image_path"], one["caption"]) for one in found] == [
                 (row["image_path"], row["caption"]) for row in rows
             ]
+
+
+def test_a_folder_that_it_wrote_is_a_database(theirs, model, shards, tmp_path, capsys):
+    folder, index = tmp_path / "embeddings", tmp_path / "index"
+    ask(theirs, WRITE, f"{shards}/{{00000..00002}}.tar", str(model), str(folder), str(index))
+    assert retrieve(folder, model, f"neighbours_of={shards}", "k=4") == 2
+    assert "where clip-retrieval wrote its index to another folder, link it there" in capsys.readouterr().err
+    (folder / "image.index").symlink_to(index / "image.index")
+    assert retrieve(folder, model, f"neighbours_of={shards}", "k=4") == 0
+
+    database = Database(folder)
+    assert (database.rows, database.width, len(database.parts), database.sides) == (60, 10, 2, ["image", "text"])
+    rows = database.metadata(range(60))
+    assert sorted(one["image_path"] for one in rows) == [f"key{n:04d}" for n in range(60)]
+    assert (
+        len({one["caption"] for one in rows}) == 60 and rows[7]["url"] == f"http://a/{int(rows[7]['image_path'][3:])}"
+    )
+    own = {one["image_path"]: i for i, one in enumerate(rows)}
+    vectors = database.vectors(np.arange(60))
+    true = brute_force(database, "image", vectors, 4)
+    for shard in range(3):
+        ids = pq.read_table(shards / f"{shard:05d}.neighbours.parquet")["neighbours"].to_pylist()
+        for n, found in enumerate(ids, 20 * shard):
+            place = own[f"key{n:04d}"]
+            assert found[0] == place
+            assert np.allclose(vectors[place] @ vectors[found].T, vectors[place] @ vectors[true[place]].T, atol=2e-3)
+    field = Neighbours(str(folder), k=3, most_similar=0.999)
+    field.check(ensure_indexed([str(path) for path in sorted(shards.glob("*.tar"))], Store()), Store())
+    assert np.allclose(field.given("[3, 17]", (8, 8))[:2], vectors[[3, 17]])

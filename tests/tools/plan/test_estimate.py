@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from conf.compose import compose
 from conf.schema import build
@@ -14,6 +15,7 @@ from tests.tools.plan.measured import SMALL, measure
 from tests.trainer.jobs import SMALL as SMALL_RUN
 from tests.trainer.test_phases import OBJECTIVE
 from tests.trainer.toys import Adversarial
+from tools.plan.encoders import planned_conditioner
 from tools.plan.estimate import Estimate, _local_numels, estimate
 from tools.plan.fakes import fake_world
 from tools.plan.zero import zero_buffers
@@ -129,6 +131,16 @@ def test_text_that_was_encoded_before_takes_no_encoders_but_comes_with_the_sampl
     # In bfloat16: three sequences and two pooled vectors, and moments of 4 channels in the place of pictures.
     text = 77 * (768 + 1280 + 4096) + 768 + 1280
     assert kept.bytes["batch"] - whole.bytes["batch"] == 4 * (2 * (text + 8 * 16 * 16) - 3 * 64 * 64)
+
+
+def test_an_encoder_of_each_neighbour_is_the_encoder_of_one():
+    choices = ("clip_image", "neighbour_pictures")
+    with FakeTensorMode():
+        one, four = (
+            planned_conditioner(compose("train", [f"conditioner={c}"]).conditioner, held=True) for c in choices
+        )
+    assert [sum(p.numel() for p in c.parameters()) for c in (one, four)] == 2 * [303_966_208]
+    assert (one.context_length, four.context_length, four.context_dim) == (1, 4, 768)
 
 
 def test_a_device_fits_what_leaves_its_headroom_free():
