@@ -8,6 +8,7 @@ neighbours, and maps that are laid beside the noisy latent.
     inpainting           the latent of the picture without its hole, and where the hole is
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -48,21 +49,25 @@ class NeighbourEncoder(Encoder):
     3.2). For nothing it gives zeros.
 
     Args:
-        k: neighbours of a sample.
+        k: neighbours of a sample in training; in sampling there may be more, or fewer.
         width: numbers in an embedding; CLIP ViT-B/32 has 512.
         field: of the samples, with embeddings (n, k, width).
     """
 
     pooled_width = 0
-    nothing_given: Tensor
 
     def __init__(self, k: int = 4, width: int = 512, field: str = "neighbours") -> None:
         super().__init__()
+        if k < 1:
+            raise ValueError(f"k={k}: at least one neighbour")
         self.reads, self.length, self.width = field, k, width
-        self.register_buffer("nothing_given", torch.zeros(1, k, width), persistent=False)
+        self._make_null()
+
+    def _make_null(self) -> None:
+        self.register_buffer("nothing_given", torch.zeros(1, self.length, self.width), persistent=False)
 
     def forward(self, inputs: Tensor) -> Outputs:
-        if inputs.shape[1:] != (self.length, self.width):
+        if inputs.ndim != 3 or inputs.shape[2] != self.width:
             raise ValueError(
                 f"{self.reads!r} holds {tuple(inputs.shape[1:])} numbers a sample, and the model was made for"
                 f" {(self.length, self.width)}: neighbours and numbers in an embedding"
@@ -70,11 +75,41 @@ class NeighbourEncoder(Encoder):
         return inputs.float(), inputs.new_zeros(len(inputs), 0, dtype=torch.float32)
 
     def null(self) -> Outputs:
-        return self.nothing_given, self.nothing_given[:, 0, :0]
+        zeros: Tensor = self.nothing_given  # type: ignore[assignment]
+        return zeros, zeros[:, 0, :0]
 
     def init_buffers(self) -> None:
         """Zeros."""
-        self.nothing_given.zero_()
+        self.nothing_given.zero_()  # type: ignore[operator]
+
+
+class GuidedNeighbourEncoder(NeighbourEncoder, LearnedEncoder):
+    """The same, but for nothing it gives a learned vector in every token's place, trained with the denoiser: the
+    published code's choice where neighbours are dropped in training. A conditioner with it has `dropped="empty"`.
+
+    Args:
+        k, width, field: as in `NeighbourEncoder`.
+    """
+
+    nothing = math.nan  # which no embedding has
+
+    def _make_null(self) -> None:
+        self.nothing_given = nn.Parameter(torch.empty(self.width))
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        tokens, pooled = super().forward(inputs)
+        return torch.where(tokens.isnan(), self.nothing_given.float(), tokens), pooled
+
+    def null(self) -> Outputs:
+        return self(self.nothing_given.new_full((1, self.length, self.width), math.nan))
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Standard normal."""
+        with torch.no_grad():
+            tensor.normal_(generator=generator)
+
+    def init_buffers(self) -> None:
+        """There are none."""
 
 
 class SemanticMap(ConditionMap):

@@ -10,9 +10,9 @@ from torch import nn
 from conf.errors import ConfigError, mistakes
 from conf.schema import build, target
 from data.buckets import Buckets
-from data.tars import TarSplit
+from data.tars import TarData, TarSplit
 from models.clip import CLIP
-from models.conditioner import ConditionMap, LearnedEncoder
+from models.conditioner import Conditioner, ConditionMap, LearnedEncoder
 from models.conditions import NeighbourEncoder
 from models.each import EachEncoder
 from models.pipeline_folder import INDEX, PipelineFolder
@@ -44,6 +44,7 @@ def build_networks(config: Any, objective: Objective, split: TarSplit, world: Wo
         if "denoiser" in networks:
             conditioner = networks["conditioner"]
             _check_conditions(networks["denoiser"], conditioner.context_dim, conditioner.pooled_dim)
+        _check_neighbours(networks["conditioner"], split.data)
     for network in networks.values():
         if isinstance(network, CLIP):
             if world.is_main:
@@ -124,6 +125,37 @@ def _check_fields(config: Any) -> None:
             f"data.fields.{missing[0]} is missing: the conditioner reads it. Say where samples have it, such as"
             f" data.fields.{missing[0]}._target_=data.fields.Label data.fields.{missing[0]}.member=cls."
         )
+    for part in parts:
+        if isinstance(part, NeighbourEncoder):
+            _check_k(config.data, part)
+
+
+def _check_k(data: Any, encoder: NeighbourEncoder) -> None:
+    """Whether samples come with as many neighbours as the encoder takes."""
+    places = {"data": data.fields} | {f"data.sources.{name}": one.get("fields") for name, one in data.sources.items()}
+    for place, fields in places.items():
+        k = getattr(build((fields or {}).get(encoder.reads)), "k", None)
+        if k not in (None, encoder.length):
+            raise ConfigError(
+                f"{place}.fields.{encoder.reads}.k is {k}, and the conditioner is made for {encoder.length} neighbours:"
+                f" set it to {encoder.length}, or k of conditioner.encoders."
+            )
+
+
+def _check_neighbours(conditioner: Any, data: TarData) -> None:
+    """The same of what the opened database tells: numbers in an embedding."""
+    encoders = conditioner.numbered() if isinstance(conditioner, Conditioner) else []
+    for encoder in encoders:
+        if not isinstance(encoder, NeighbourEncoder):
+            continue
+        for source in data.sources:
+            shape = tuple(data.fields_of(source)[encoder.reads].blank((1, 1)).shape)
+            if shape != (encoder.length, encoder.width):
+                raise ConfigError(
+                    f"data.fields.{encoder.reads} gives {shape} numbers a sample, and the model was made for"
+                    f" {(encoder.length, encoder.width)}, neighbours and numbers in an embedding: take a database of"
+                    " another CLIP, or set k and width of conditioner.encoders."
+                )
 
 
 def networks_on_meta(config: Any, objective: Objective) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from trainer.distributed import Cluster, joined
 from trainer.engines.networks import prepare_frozen
 from trainer.loading import Loaded, load_model, merge_adapters
 from trainer.sample_conditions import ConditionReader, asked_for, map_of, size_of
+from trainer.sample_neighbours import NeighboursConfig
 from trainer.sampling import OwnSampler, Picture, decode, draw_latents, grid, save_png, share_work
 
 # Of an image to change, where nothing is said.
@@ -36,6 +37,7 @@ class Config:
     prompts_file: str | None
     images: list[str]
     fields: dict[str, list[str | int | float]]
+    neighbours: NeighboursConfig
     database: str | None
     original_size: list[int] | None
     crop: list[int]
@@ -75,10 +77,10 @@ def run(config: Any) -> None:
     given = ConditionReader(config, loaded, size)
     start = given.image("image", config.image) if config.image is not None else None
     mask = given.mask("mask", config.mask) if config.mask is not None else None
+    seeds = [config.seed + i for i in range(config.each)]
+    told = [(given.completed(of, seed), seed) for of in asked for seed in seeds]
     pictures = [
-        replace(given.picture(one, config.seed + i), negative=config.negative or None, start=start, mask=mask)
-        for one in asked
-        for i in range(config.each)
+        replace(given.picture(of, seed), negative=config.negative or None, start=start, mask=mask) for of, seed in told
     ]
     sampler = sampler_of(build(config.sampler), loaded)
     guidance = build(config.guidance)
@@ -107,11 +109,10 @@ def run(config: Any) -> None:
         shared |= {"adapters": list(config.adapters)} if config.adapters else {}
         shared |= {key: config[key] for key in ("negative", "mask", "strength", "refiner") if config[key]}
         shared |= {"changed": config.image} if config.image else {}
-        told = [{"prompt": "", **one} for one in asked for _ in range(config.each)]
-        for number, (picture, image) in enumerate(zip(pictures, images, strict=True)):
-            save_png(image, out / f"{number:05d}.png", told[number] | {"seed": picture.seed} | shared)
+        for number, ((of, seed), image) in enumerate(zip(told, images, strict=True)):
+            save_png(image, out / f"{number:05d}.png", {"prompt": "", **of, "seed": seed} | shared)
         metadata = {"prompts": [p.prompt for p in pictures], "seeds": [p.seed for p in pictures], **shared}
-        metadata |= {f"{name}s": [one[name] for one in told] for name in asked[0] if name != "prompt"}
+        metadata |= {f"{name}s": [of[name] for of, _ in told] for name in told[0][0] if name != "prompt"}
         save_png(grid(images), out / "grid.png", metadata)
         print(f"{len(images)} pictures and grid.png in {out}")
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,10 +11,10 @@ from conf.errors import ConfigError
 from data.decode import Decoded, DecodeError, decode_image
 from data.fields import Field, Mask, Number
 from data.fields import Picture as PictureField
-from data.retrieval.field import NeighbourField
 from models.conditioner import Conditioner, ConditionMap
 from models.conditions import LowResolution, MaskedPicture, PictureMap
 from trainer.loading import Loaded
+from trainer.sample_neighbours import NeighbourReader, neighbour_fields
 from trainer.sampling import Picture
 
 Map = TypeVar("Map", bound=ConditionMap)
@@ -37,9 +36,12 @@ def asked_for(config: Any, loaded: Loaded) -> list[Asked]:
     columns |= {name: [str(value) for value in values] for name, values in config.fields.items()}
     columns = {name: values for name, values in columns.items() if values}
     conditioner = loaded.networks["conditioner"]
+    neighbours = neighbour_fields(loaded)
+    if neighbours and "prompt" in columns and "captions" not in cast(Conditioner, conditioner).reads:
+        columns = dict.fromkeys(neighbours, columns["prompt"]) | columns
     if "image" in columns and not getattr(conditioner, "reads_images", False):
         raise ConfigError(f"images: no encoder of {loaded.source} reads pictures; leave them out.")
-    if not columns and not (isinstance(conditioner, Conditioner) and conditioner.parts == 0):
+    if not columns and not neighbours and not (isinstance(conditioner, Conditioner) and conditioner.parts == 0):
         raise ConfigError("there is nothing to draw: give prompts=['a red circle'] or prompts_file=<a prompt a line>.")
     number = max((len(values) for values in columns.values()), default=1)
     for name, values in columns.items():
@@ -84,11 +86,8 @@ class ConditionReader:
         self._size = size
         self._sizes: dict[str, Any] = {key: _pair(config, key) for key in ("crop", "original_size", "target_size")}
         self._fields = dict(loaded.fields)
-        if config.database is not None:
-            sought = {name: one for name, one in self._fields.items() if isinstance(one, NeighbourField)}
-            if not sought:
-                raise ConfigError("database: the model was trained without neighbours.")
-            self._fields |= {name: replace(one, database=config.database) for name, one in sought.items()}
+        self._neighbours = NeighbourReader(config, loaded)
+        self._fields |= self._neighbours.fields
         self._targets: dict[str, tuple[int, int]] = {}
         if (map_ := map_of(loaded.networks["conditioner"], LowResolution)) is not None:
             self._fields |= {map_.field: PictureField(""), map_.level_field: Number(member="")}
@@ -101,6 +100,10 @@ class ConditionReader:
         if sizes is not None and sizes.aesthetic is not None:
             self._fields.setdefault(sizes.aesthetic, Number(member=""))
         self._values: dict[tuple[str, str], Any] = {}
+
+    def completed(self, asked: Asked, seed: int) -> Asked:
+        """What a picture is drawn of, where nothing is asked for: pseudo-queries."""
+        return asked or self._neighbours.drawn(seed)
 
     def picture(self, asked: Asked, seed: int) -> Picture:
         """A picture to draw."""

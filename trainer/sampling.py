@@ -63,6 +63,11 @@ class Picture:
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] | None = None
 
+    @property
+    def shapes(self) -> tuple:
+        """Pictures with the same can be drawn in one pass."""
+        return self.height, self.width, *(tuple(v.shape) for v in self.fields.values() if isinstance(v, Tensor))
+
 
 def draw(
     networks: Mapping[str, nn.Module],
@@ -95,8 +100,8 @@ def share_work(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     drawn: dict[int, Tensor] = {}
-    for size in dict.fromkeys((p.height, p.width) for p in pictures):
-        numbers = [i for i, p in enumerate(pictures) if (p.height, p.width) == size]
+    for shapes in dict.fromkeys(p.shapes for p in pictures):
+        numbers = [i for i, p in enumerate(pictures) if p.shapes == shapes]
         share = math.ceil(len(numbers) / world)
         mine = numbers[rank * share : (rank + 1) * share]
         padded = mine + [numbers[0]] * (share - len(mine))

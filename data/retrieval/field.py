@@ -50,11 +50,13 @@ class NeighbourField(Field):
         return [self.column, f"{self.column}_similarity"]
 
     def check(self, manifests: Sequence[Manifest], store: Store) -> None:
-        """Whether the columns are of this database.
+        """Whether the columns are of this database, and both have k neighbours.
 
         Raises:
-            ConfigError: of another, or of another state of it.
+            ConfigError: of another, or of another state of it; fewer neighbours or rows.
         """
+        if self.k > self.opened.rows:
+            raise ConfigError(f"k={self.k} neighbours of a database of {self.opened.rows} rows: choose a smaller k")
         for manifest in manifests:
             scored = read_scored(manifest, self.column, store)
             if scored is None or scored.recipe.settings.get("database") != self.opened.fingerprint:
@@ -70,31 +72,45 @@ class NeighbourField(Field):
     def read(self, origin: Origin) -> Any:
         ids = np.asarray(origin.column(self.column), np.int64)
         similarities = np.asarray(origin.column(f"{self.column}_similarity"), np.float32)
+        return self._of(self.chosen(ids, similarities), origin.geometry.target)
+
+    def chosen(self, ids: np.ndarray, similarities: np.ndarray) -> np.ndarray:
+        """Of ids of neighbours and their cosines (..., stored), those that a sample comes with: a vector of ids."""
         kept = ids >= 0
         if self.most_similar is not None:
             kept &= similarities <= self.most_similar
-        return self._of(ids[kept][: self.k], origin.geometry.target)
+        return ids[kept & (np.cumsum(kept, axis=-1) <= self.k)]
 
     def given(self, text: str, target: tuple[int, int]) -> Any:
-        """Of a text, of a picture's file, or of rows of the database: `[3, 17]`."""
-        if not text.lstrip().startswith("["):
-            return self._of(self._sought(text)[1], target)
-        ids = np.asarray(json.loads(text), np.int64)
-        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.opened.rows:
-            raise ValueError(f"rows from 0 to {self.opened.rows - 1} of {self.database}")
-        return self._of(ids[: self.k], target)
+        """Of a text, of a picture's file, of a row of the database, `~17`, or of rows themselves, `[3, 17]`."""
+        return self._of(self._sought(text)[1], target)
 
     @abstractmethod
     def _of(self, ids: np.ndarray, target: tuple[int, int]) -> Any:
         """The value of rows of the database, k at most, for pictures of that height and width."""
 
-    def _sought(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The embedding, (1, d), of a text or of a picture's file, and the rows nearest to it."""
+    def _sought(self, text: str) -> tuple[np.ndarray | None, np.ndarray]:
+        """The embedding, (1, d), of a text or of a picture's file, and the rows that are asked for, k at most."""
+        text = text.strip()
+        if text.startswith("["):
+            return None, self._rows(json.loads(text))[: self.k]
+        if text.startswith("~"):
+            return None, self._nearest(self.opened.vectors(self._rows([json.loads(text[1:])])))
         from data.retrieval.embedding import embed_query  # with it come torch's models, which training does without
 
         asked = embed_query(text, self._embedder)
-        (ids,), _ = self._searcher(asked, min(self.k, self.opened.rows))
-        return asked, ids[ids >= 0]
+        return asked, self._nearest(asked)
+
+    def _rows(self, rows: Any) -> np.ndarray:
+        ids = np.asarray(rows, np.int64)
+        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.opened.rows:
+            raise ValueError(f"rows from 0 to {self.opened.rows - 1} of {self.database}")
+        return ids
+
+    def _nearest(self, query: np.ndarray) -> np.ndarray:
+        """Ids of the k nearest of a query (1, d)."""
+        (ids,), _ = self._searcher(query, self.k)
+        return ids[ids >= 0]
 
     @cached_property
     def opened(self) -> Database:
@@ -125,7 +141,7 @@ class Neighbours(NeighbourField):
 
     Args:
         query: put the embedding of what was asked for before the neighbours, in sampling: k - 1 of them follow (arXiv
-            2207.13038).
+            2207.13038), none with k = 1.
         width: d, where the database is not there to tell: a plan asks.
         store, manifest_folder: as of `NeighbourPictures`, which a contact sheet shows.
     """
@@ -135,24 +151,31 @@ class Neighbours(NeighbourField):
     store: Store = field(default_factory=Store)
     manifest_folder: str | None = None
 
-    def check(self, manifests: Sequence[Manifest], store: Store) -> None:
-        """See `NeighbourField.check`; the width, too."""
-        if self.width not in (None, self.opened.width):
+    @cached_property
+    def opened(self) -> Database:
+        """See `NeighbourField.opened`.
+
+        Raises:
+            ConfigError: it is of another width.
+        """
+        database = Database(self.database)
+        if self.width not in (None, database.width):
             raise ConfigError(
-                f"the database {self.database} has embeddings of {self.opened.width} numbers, not of {self.width}: it"
+                f"the database {self.database} has embeddings of {database.width} numbers, not of {self.width}: it"
                 " is of another model than the conditioner was made for"
             )
-        super().check(manifests, store)
+        return database
 
     def blank(self, target: tuple[int, int]) -> Tensor:
         return torch.zeros(self.k, self.width or self.opened.width)
 
     def given(self, text: str, target: tuple[int, int]) -> Tensor:
-        """See `NeighbourField.given`."""
-        if not self.query or text.lstrip().startswith("["):
-            return super().given(text, target)
+        """See `NeighbourField.given`: as many as there are, (up to k, d)."""
         asked, ids = self._sought(text)
-        return self._tokens(np.concatenate([asked, self.opened.vectors(ids)]))
+        vectors = self.opened.vectors(ids)
+        if self.query and asked is not None:
+            vectors = np.concatenate([asked, vectors])[: self.k]
+        return torch.from_numpy(vectors)
 
     def shown(self) -> Field | None:
         """See `Field.shown`: their pictures, or captions, as far as the database tells them."""
@@ -162,11 +185,8 @@ class Neighbours(NeighbourField):
         return NeighbourCaptions(*of)
 
     def _of(self, ids: np.ndarray, target: tuple[int, int]) -> Tensor:
-        return self._tokens(self.opened.vectors(ids))
-
-    def _tokens(self, vectors: np.ndarray) -> Tensor:
         tokens = torch.zeros(self.k, self.opened.width)
-        tokens[: len(vectors)] = torch.from_numpy(vectors[: self.k])
+        tokens[: len(ids)] = torch.from_numpy(self.opened.vectors(ids))
         return tokens
 
 

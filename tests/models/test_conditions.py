@@ -10,6 +10,7 @@ from models.autoencoder import AutoencoderKL
 from models.conditioner import Conditioner, Given
 from models.conditions import (
     ClassEncoder,
+    GuidedNeighbourEncoder,
     LowResolution,
     MaskedPicture,
     NeighbourEncoder,
@@ -138,5 +139,20 @@ def test_neighbours_are_tokens_as_they_are_and_zeros_where_they_are_dropped():
     assert not context[0, :, 8:].any() and not context[1].any()
     assert not conditioner(Given([""]))["context"].any(), "without the field"
     assert conditioner.stored == [], "they are kept in the database"
-    with pytest.raises(ValueError, match=r"holds \(4, 8\) numbers a sample, and the model was made for \(3, 8\)"):
-        conditioner(Given([""], fields={"neighbours": torch.zeros(1, 4, 8)}))
+    fewer = conditioner(Given([""], fields={"neighbours": torch.ones(1, 2, 8)}))["context"]
+    assert fewer.shape == (1, 2, 10), "in sampling there may be fewer, or more"
+    with pytest.raises(ValueError, match=r"holds \(3, 9\) numbers a sample, and the model was made for \(3, 8\)"):
+        conditioner(Given([""], fields={"neighbours": torch.zeros(1, 3, 9)}))
+
+
+def test_a_learned_vector_stands_for_neighbours_that_are_dropped():
+    conditioner = initialize(Conditioner([GuidedNeighbourEncoder(k=3, width=8)], dropped="empty"), seed=0)
+    vector = conditioner.encoder_modules[0].nothing_given
+    assert vector.shape == (8,) and vector.requires_grad and vector.std() > 0.3
+    given = Given(["", ""], fields={"neighbours": torch.randn(2, 3, 8)})
+    context = conditioner(given, torch.tensor([[True], [False]]))["context"]
+    assert torch.equal(context[0], given.fields["neighbours"][0])
+    assert torch.equal(context[1], vector.expand(3, 8))
+    assert torch.equal(conditioner(Given([""]))["context"], vector.expand(1, 3, 8)), "without the field"
+    context.sum().backward()
+    assert torch.equal(vector.grad, torch.full((8,), 3.0)), "of the dropped sample alone"

@@ -15,7 +15,8 @@ from data.retrieval.database import Database
 from data.retrieval.field import Neighbours
 from data.store import Store
 from data.transforms import Geometry
-from tests.data.retrieval.vectors import clustered, save_database, write_neighbours
+from models.initialization import parameter_generator
+from tests.data.retrieval.vectors import clustered, save_database, save_index, write_neighbours
 from tests.trainer.jobs import train_on
 from tests.trainer.task_tars import write_task_tars
 from tools import cli
@@ -34,8 +35,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("neighbours")
     write_task_tars(folder / "tars", 60)
     vectors = clustered(80, 32, 5)
-    write_neighbours(folder / "tars", save_database(folder / "database", np.split(vectors, 2)), 20)
-    save_database(folder / "other", [clustered(30, 32, 3, seed=5)])
+    write_neighbours(folder / "tars", save_index(save_database(folder / "database", np.split(vectors, 2))), 20)
+    save_index(save_database(folder / "other", [clustered(30, 32, 3, seed=5)]))
     return folder
 
 
@@ -84,6 +85,13 @@ def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: s
     assert np.abs(pictures[0] - pictures[2]).max() > 0, "another database"
     assert cli.execute(["sample", *arguments, "fields.neighbours=['[99]']"]) == 2
     assert "rows from 0 to 79" in capsys.readouterr().err
+    # Of nothing, pictures are of pseudo-queries, which their seeds draw.
+    assert cli.execute(["sample", *arguments, "each=3", "neighbours.top_m=1"]) == 0, capsys.readouterr().err
+    drawn = [Image.open(folder / "out" / f"0000{i}.png") for i in range(3)]
+    assert len({picture.text["neighbours"] for picture in drawn}) > 1
+    again = [f"seed={drawn[2].text['seed']}", f"fields.neighbours=['{drawn[2].text['neighbours']}']"]
+    assert cli.execute(["sample", *arguments, *again]) == 0, capsys.readouterr().err
+    assert np.array_equal(np.asarray(drawn[2]), np.asarray(Image.open(folder / "out" / "00000.png")))
 
 
 def origin(ids: list[int], similarities: list[float]) -> Origin:
@@ -118,9 +126,41 @@ def test_columns_of_another_database_are_refused(folder: Path, tmp_path: Path):
 
 
 def test_a_model_takes_as_many_and_as_wide_neighbours_as_it_was_made_for(folder: Path, capsys):
-    arguments = ["train", "experiment=rdm/imagenet", *TINY, f"data.sources.drawn.shards={folder}/tars", "steps=1"]
-    places = [f"data.fields.neighbours.database={folder}/database", f"runs={folder}/refused"]
-    assert cli.execute([*arguments, *places, "data.fields.neighbours.k=3"]) in (1, 2)
-    assert "'neighbours' holds (3, 32) numbers a sample, and the model was made for (4, 32)" in capsys.readouterr().err
-    assert cli.execute([*arguments, *places, "~data.fields.neighbours"]) == 2
-    assert "data.fields.neighbours is missing: the conditioner reads it" in capsys.readouterr().err
+    """Before the run starts: nothing of it is written."""
+    small = save_database(folder / "small", [clustered(3, 32, 1)])
+    wide = save_database(folder / "wide", [clustered(9, 48, 1)])
+    tars = folder / "other_tars"
+    write_task_tars(tars, 12)
+    arguments = ["train", "experiment=rdm/imagenet", *TINY, f"data.sources.drawn.shards={tars}", "steps=1"]
+    refused = [f"runs={folder}/refused", f"data.cache_folder={folder}/cache"]
+
+    def told(*overrides: str, status: int = 2) -> str:
+        assert cli.execute([*arguments, *refused, *overrides]) == status
+        assert not list((folder / "refused").rglob("metrics.jsonl"))
+        return capsys.readouterr().err
+
+    database = f"data.fields.neighbours.database={folder}"
+    wrong = told(f"{database}/database", "data.fields.neighbours.k=3")
+    assert "data.fields.neighbours.k is 3, and the conditioner is made for 4 neighbours" in wrong
+    assert "data.fields.neighbours is missing: the conditioner reads it" in told(
+        f"{database}/database", "~data.fields.neighbours"
+    )
+    write_neighbours(tars, small, 3)
+    assert "k=4 neighbours of a database of 3 rows: choose a smaller k" in told(f"{database}/small", status=1)
+    write_neighbours(tars, wide, 3)
+    assert "k=4 neighbours of 3 that are stored" in told(f"{database}/wide", status=1)
+    write_neighbours(tars, wide, 4)
+    assert "data.fields.neighbours gives (4, 48) numbers a sample, and the model was made for (4, 32)" in told(
+        f"{database}/wide"
+    )
+
+
+def test_a_vector_for_no_neighbours_is_learned(folder: Path, capsys):
+    guided = ["conditioner=neighbours_guided", "objective.train_conditioner=true", "objective.caption_dropout=0.5"]
+    run(1, folder, "guided", *guided, "steps=2", "validation.every=null")
+    name = "encoder_modules.0.nothing_given"
+    first = torch.empty(32).normal_(generator=parameter_generator(0, "conditioner", name))
+    last = load_weights(folder / "runs/guided/checkpoints/step_00000002", "conditioner")
+    assert list(last) == [name] and 0 < (last[name] - first).abs().max() < 0.1
+    arguments = [f"source={folder}/runs/guided", f"out={folder}/out", "sampler.steps=2", "guidance.scale=4"]
+    assert cli.execute(["sample", *arguments, "fields.neighbours=['[3, 17, 5, 8]']"]) == 0, capsys.readouterr().err

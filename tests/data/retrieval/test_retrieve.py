@@ -285,9 +285,13 @@ def test_neighbours_of_a_text_of_a_picture_and_rows_are_what_sampling_is_given(t
     assert np.allclose(field.given("a red circle", (8, 8)), vectors[nearest["text"]], atol=1e-5)
     assert np.allclose(field.given(str(tmp_path / "a.png"), (8, 8)), vectors[nearest["own"]], atol=1e-5)
     assert nearest["own"][0] == 5
-    assert np.allclose(field.given("[2, 0]", (8, 8)), [*vectors[[2, 0]], np.zeros(10)], atol=1e-5)
-    asked = replace(field, query=True).given("a red circle", (8, 8))
-    assert np.allclose(asked, [text, *vectors[nearest["text"][:2]]], atol=1e-5)
+    assert np.allclose(field.given("[2, 0]", (8, 8)), vectors[[2, 0]], atol=1e-5)
+    assert np.allclose(field.given("~5", (8, 8)), vectors[nearest["own"]], atol=1e-5)
+    asked = replace(field, query=True)
+    assert np.allclose(asked.given("a red circle", (8, 8)), [text, *vectors[nearest["text"][:2]]], atol=1e-5)
+    assert np.allclose(replace(asked, k=1).given("a red circle", (8, 8)), [text], atol=1e-5)
+    with pytest.raises(ConfigError, match="k=18 neighbours of a database of 17 rows"):
+        replace(field, k=18).given("a red circle", (8, 8))
     (folder / "database.json").unlink()
     with pytest.raises(ValueError, match="does not tell the model that made it"):
         Neighbours(str(folder), k=3).given("a red circle", (8, 8))

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.index import ensure_indexed
-from data.retrieval.database import Database, embedding_path, metadata_path
+from data.retrieval.database import Database, embedding_path, index_path, metadata_path
 from data.retrieval.neighbours import columns_of
 from data.scores import Recipe, write_scores
 from data.store import Store
@@ -34,13 +35,21 @@ def save_database(folder: Path, parts: list[np.ndarray], side: str = "image") ->
     return Database(folder)
 
 
-def write_neighbours(shards: Path, database: Database, k: int) -> None:
+def save_index(database: Database) -> Database:
+    """An index that compares with all."""
+    index = faiss.IndexFlatIP(database.width)
+    index.add(database.vectors(np.arange(database.rows)))
+    faiss.write_index(index, str(index_path(database.folder, "image")))
+    return database
+
+
+def write_neighbours(shards: Path, database: Database, k: int, column: str = "neighbours") -> None:
     """Random neighbours of every sample of a folder's tars, as `millrace retrieve` would write them."""
     manifests = ensure_indexed([str(path) for path in sorted(shards.glob("*.tar"))], Store())
     random = np.random.default_rng(0)
     for manifest in manifests:
         ids = [random.choice(database.rows, k, replace=False) for _ in range(manifest.rows)]
         similarities = [np.sort(random.uniform(0, 1, k))[::-1].astype(np.float32) for _ in ids]
-        columns = {"neighbours": ids, "neighbours_similarity": similarities}
+        columns = {column: ids, f"{column}_similarity": similarities}
         recipe = Recipe(1, {"database": database.fingerprint, "k": k})
-        write_scores(manifest, "neighbours", pa.table(columns, columns_of("neighbours", k)), Store(), recipe)
+        write_scores(manifest, column, pa.table(columns, columns_of(column, k)), Store(), recipe)
