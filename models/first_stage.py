@@ -235,3 +235,25 @@ class VQFirstStage(AutoencoderFirstStage):
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """See `AutoencoderFirstStage.sample`; nothing of it is random."""
         return self._scale(moments.float())
+
+
+class CodesFirstStage(VQFirstStage):
+    """The codes of a VQModel, int64 (n, H/f, W/f): what autoregressive networks predict, in the place of latents.
+
+    Args:
+        autoencoder, folder: see `AutoencoderFirstStage`.
+    """
+
+    @property
+    def codes(self) -> int:
+        """How many there are."""
+        return self.autoencoder.config["num_vq_embeddings"]
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `AutoencoderFirstStage.sample`; nothing of it is random."""
+        codes, _ = self.autoencoder.quantize.embedding(moments.float().movedim(1, -1))
+        return codes
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Codes to images; see `FirstStage.decode`."""
+        return self.autoencoder.decode_codes(latents).float()

@@ -122,6 +122,11 @@ class VQModel(Autoencoder):
         """Latents (n, C, H/f, W/f), which are quantised first, to images (n, out_channels, H, W), about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(self.quantize(latents).latents))
 
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Codes (n, H/f, W/f) to images (n, out_channels, H, W), about in [-1, 1]."""
+        _, vectors = self.quantize.embedding(codes)
+        return self.decoder(self.post_quant_conv(vectors.movedim(-1, 1)))
+
     @torch.no_grad()
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """First values: as all autoencoders, codes uniform in +-1 / Z."""
@@ -153,7 +158,10 @@ class Codebook(nn.Embedding):
     """Vectors by code, (Z, C). Its weight is used within `forward` alone, where engines have gathered it."""
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Vectors (..., C) to the nearest codes, (...) int64, and the codes' vectors (..., C)."""
+        """Vectors (..., C) to the nearest codes, (...) int64, and the codes' vectors (..., C). Codes, (...) int64, are
+        taken as they are."""
+        if not z.is_floating_point():
+            return z, F.embedding(z, self.weight)
         with torch.no_grad():
             codes = torch.cdist(z.flatten(0, -2), self.weight.to(z.dtype)).argmin(1).view(z.shape[:-1])
         return codes, F.embedding(codes, self.weight)

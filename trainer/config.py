@@ -15,6 +15,7 @@ from data.plan import lanes_of, split_batch
 from data.run_directory import check_name
 from data.tars import TarData
 from data.tracking import WandbConfig
+from models.code_sampler import CodeSampler
 from models.conditioner import Conditioner
 from models.first_stage import FirstStage
 from models.guidance import Guidance
@@ -81,7 +82,7 @@ class Config:
     engine: EngineConfig
     ema: Ema
     checkpoint: CheckpointPolicy
-    sampler: Sampler
+    sampler: Sampler | CodeSampler
     guidance: Guidance
     cluster: Cluster
     name: str

@@ -24,6 +24,7 @@ from conf.schema import build
 from data.run_directory import RunDirectory, check_name
 from data.tasks import Task
 from data.tracking import LogConfig, job_log
+from models.code_sampler import CodeSampler
 from models.features import Features
 from models.guidance import Guidance
 from models.samplers import Sampler
@@ -64,7 +65,7 @@ class Config:
     """conf/evaluate.yaml, whose comments explain the keys. A class stands for a `_target_` that builds such objects."""
 
     features: Features
-    sampler: Sampler | OwnSampler
+    sampler: Sampler | CodeSampler | OwnSampler
     guidance: Guidance
     cluster: Cluster
     source: str | None
@@ -255,7 +256,8 @@ def settings_of(config: Any, model: Model | None) -> list[Setting]:
     if not isinstance(model, Loaded):
         return [Setting()]
     own = model.config.get("sampler", {}).get("steps")
-    steps = list(config.steps) or [own if config.sampler.steps is None else config.sampler.steps]
+    chosen = config.sampler.get("steps")
+    steps = list(config.steps) or [own if chosen is None else chosen]
     scales = list(config.guidance_scales) or [config.guidance.scale]
     return [Setting(a, s, float(g)) for a, g, s in product(config.averages, scales, steps)]
 
@@ -328,7 +330,8 @@ def _measure_model(metrics: Sequence[Metric], model: Model | None, world: World)
 
 
 def _drawing(config: Any, setting: Setting, model: Loaded) -> tuple[Sampler, Guidance]:
-    changed = OmegaConf.merge(config, {"sampler": {"steps": setting.steps}, "guidance": {"scale": setting.guidance}})
+    steps = {"steps": setting.steps} if "steps" in config.sampler else {}
+    changed = OmegaConf.merge(config, {"sampler": steps, "guidance": {"scale": setting.guidance}})
     return sampler_of(build(changed.sampler), model), build(changed.guidance)
 
 

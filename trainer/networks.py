@@ -235,8 +235,12 @@ def build_conditioner(config: Any, split: TarSplit, world: World) -> Any:
 
 
 def _check_latents(denoiser: Any, first_stage: Any, buckets: Buckets) -> None:
-    for key in ("in_channels", "out_channels"):
-        _check(denoiser, key, "first stage", first_stage.channels)
+    codes = getattr(first_stage, "codes", None)
+    if ("codes" in denoiser.config) != (codes is not None):
+        kinds = ("codes: take such a first stage, vq_f16_codes", "latents: take first_stage=vq_f16, or another")
+        raise ConfigError(f"first_stage: {type(denoiser).__name__} is of {kinds[codes is not None]}.")
+    for key in ("in_channels", "out_channels") if codes is None else ("codes",):
+        _check(denoiser, key, "first stage", first_stage.channels if codes is None else codes)
     f = first_stage.downsampling
     for bucket in buckets.shapes:
         if bucket.height % f or bucket.width % f:

@@ -1,7 +1,7 @@
 """The `sample` job: pictures of prompts, from a run or a diffusers pipeline."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from conf.errors import ConfigError
 from conf.schema import build
+from models.autoregressive import AutoregressiveTransformer
+from models.code_sampler import CodeSampler
 from models.conditions import MaskedPicture, PictureMap
 from models.guidance import Guidance
 from models.samplers import Course, Sampler
@@ -19,7 +21,7 @@ from trainer.engines.networks import prepare_frozen
 from trainer.loading import Loaded, load_model, merge_adapters
 from trainer.sample_conditions import ConditionReader, asked_for, map_of, size_of
 from trainer.sample_neighbours import NeighboursConfig
-from trainer.sampling import OwnSampler, Picture, decode, draw_latents, grid, save_png, share_work
+from trainer.sampling import OwnSampler, Picture, decode, draw_latents, draw_pass, grid, save_png, share_work
 
 # Of an image to change, where nothing is said.
 _STRENGTH = 0.8
@@ -29,7 +31,7 @@ _STRENGTH = 0.8
 class Config:
     """conf/sample.yaml, whose comments explain the keys. A class stands for a `_target_` that builds such an object."""
 
-    sampler: Sampler | OwnSampler
+    sampler: Sampler | CodeSampler | OwnSampler
     guidance: Guidance
     cluster: Cluster
     source: str
@@ -84,12 +86,17 @@ def run(config: Any) -> None:
     ]
     sampler = sampler_of(build(config.sampler), loaded)
     guidance = build(config.guidance)
+    if isinstance(sampler, CodeSampler) and (start is not None or refiner is not None):
+        key = "image" if start is not None else "refiner"
+        raise ConfigError(f"{key}: {loaded.source} draws pictures code after code, from the first; leave it out.")
     with joined(config.device) as world:
         for one in [loaded] + ([refiner] if refiner is not None else []):
             for name, network in one.networks.items():
                 prepare_frozen(name, network, False, config.precision, one.seed, world.device)
 
         def draw_part(part: Sequence[Picture]) -> list[Tensor]:
+            if isinstance(sampler, CodeSampler):
+                return draw_pass(loaded.networks, loaded.process, sampler, guidance, part, world.device)
             stop = round(1 - config.refine_from, 9) if refiner is not None and config.refine_from is not None else 0.0
             course = Course(strength=strength, stop=stop)
             latents = draw_latents(loaded.networks, loaded.process, sampler, guidance, part, world.device, course)
@@ -104,7 +111,8 @@ def run(config: Any) -> None:
         if not world.is_main:
             return
         out = Path(config.out)
-        shared = {"source": loaded.source, "sampler": type(sampler).__name__, "steps": sampler.steps}
+        shared: dict[str, Any] = {"source": loaded.source, "sampler": type(sampler).__name__}
+        shared |= asdict(sampler) if isinstance(sampler, CodeSampler) else {"steps": sampler.steps}
         shared["guidance"] = guidance.scale
         shared |= {"adapters": list(config.adapters)} if config.adapters else {}
         shared |= {key: config[key] for key in ("negative", "mask", "strength", "refiner") if config[key]}
@@ -117,9 +125,18 @@ def run(config: Any) -> None:
         print(f"{len(images)} pictures and grid.png in {out}")
 
 
-def sampler_of(chosen: Sampler | OwnSampler, loaded: Loaded) -> Sampler:
-    """The sampler that is chosen; or the model's own, with as many steps as are chosen."""
-    if isinstance(chosen, Sampler):
+def sampler_of(chosen: Sampler | CodeSampler | OwnSampler, loaded: Loaded) -> Any:
+    """The sampler that is chosen; or the model's own, with as many steps as are chosen.
+
+    Raises:
+        ConfigError: it is of codes and the model of latents, or the other way round.
+    """
+    of_codes = isinstance(loaded.networks["denoiser"], AutoregressiveTransformer)
+    if isinstance(chosen, OwnSampler) and of_codes and chosen.steps is not None:
+        raise ConfigError("sampler.steps: this model draws one code after the other; leave it out.")
+    if not isinstance(chosen, OwnSampler):
+        if isinstance(chosen, CodeSampler) != of_codes:
+            raise ConfigError(f"sampler: {type(chosen).__name__} does not go with {loaded.source}; leave it out.")
         return chosen
     return build(loaded.config["sampler"] | ({"steps": chosen.steps} if chosen.steps is not None else {}))
 

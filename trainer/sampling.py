@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.draws import Draws
+from models.code_sampler import CodeSampler
 from models.conditioner import Given
 from models.guidance import Guidance, denoiser
 from models.process import Process
@@ -72,13 +73,13 @@ class Picture:
 def draw(
     networks: Mapping[str, nn.Module],
     process: Process,
-    sampler: Sampler,
+    sampler: Sampler | CodeSampler,
     guidance: Guidance,
     pictures: Sequence[Picture],
     device: torch.device,
     batch: int = 16,
 ) -> list[Tensor]:
-    """Draw pictures by diffusion, the ranks sharing the work; see `share_work` and `draw_pass`."""
+    """Draw pictures, the ranks sharing the work; see `share_work` and `draw_pass`."""
     return share_work(lambda part: draw_pass(networks, process, sampler, guidance, part, device), pictures, batch)
 
 
@@ -120,18 +121,20 @@ def share_work(
 def draw_pass(
     networks: Mapping[str, nn.Module],
     process: Process,
-    sampler: Sampler,
+    sampler: Sampler | CodeSampler,
     guidance: Guidance,
     pictures: Sequence[Picture],
     device: torch.device,
 ) -> list[Tensor]:
-    """Draw pictures of one size together, by diffusion, as uint8 (3, H, W) on the CPU; see `draw_latents`."""
+    """Draw pictures of one size together, as uint8 (3, H, W) on the CPU; see `draw_latents` and `draw_codes`."""
+    if isinstance(sampler, CodeSampler):
+        return decode(networks, draw_codes(networks, sampler, guidance, pictures, device))
     return decode(networks, draw_latents(networks, process, sampler, guidance, pictures, device))
 
 
 def decode(networks: Mapping[str, nn.Module], latents: Tensor) -> list[Tensor]:
-    """Latents to pictures, uint8 (3, H, W) on the CPU."""
-    images = networks["first_stage"].decode(latents.float())  # type: ignore[operator]
+    """Latents, or codes, to pictures, uint8 (3, H, W) on the CPU."""
+    images = networks["first_stage"].decode(latents)  # type: ignore[operator]
     return list(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
 
 
@@ -168,6 +171,31 @@ def draw_latents(
     course = _with_starts(course or Course(), pictures, first_stage, device)
     denoise = denoiser(networks["denoiser"], process, conditions, null_conditions, guidance, bare_conditions)
     return sampler.sample(denoise, process, noise, course)
+
+
+def draw_codes(
+    networks: Mapping[str, nn.Module],
+    sampler: CodeSampler,
+    guidance: Guidance,
+    pictures: Sequence[Picture],
+    device: torch.device,
+) -> Tensor:
+    """Codes of pictures of one size, (n, H/f, W/f); a picture's seed draws all of its own.
+
+    Args:
+        networks: "denoiser", an autoregressive one, "conditioner" and "first_stage", of codes.
+        pictures: of one size, and alike in what they come with.
+    """
+    first_stage: Any = networks["first_stage"]
+    conditioner: Any = networks["conditioner"]
+    _, rows, columns = first_stage.latent_shape(pictures[0].height, pictures[0].width)
+    given = given_of(pictures, first_stage, device)
+    acts = guidance.scale != 1 and conditioner.encoders
+    null = _null_conditions(conditioner, given, pictures)["context"] if acts else None
+    uniform = SamplingDraws([p.seed for p in pictures]).uniform("sampling/codes", (rows * columns,), device)
+    context = conditioner(given).get("context")
+    codes = sampler.sample(networks["denoiser"], uniform, context, null, guidance.scale)
+    return codes.unflatten(1, (rows, columns))
 
 
 def _null_conditions(conditioner: Any, given: Given, pictures: Sequence[Picture]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from conf.compose import compose
 from conf.schema import build
 from models.autoencoder import AutoencoderKL
-from models.first_stage import Identity, KLFirstStage, VQFirstStage
+from models.first_stage import CodesFirstStage, Identity, KLFirstStage, VQFirstStage
 from models.initialization import initialize
 from models.pretrained import save
 from models.vq import VQModel
@@ -86,7 +86,7 @@ def test_identity_is_the_pixels():
         *[("identity", (3, 64, 96)), ("kl_sd3", (16, 8, 12)), ("kl_sdxl", (4, 8, 12)), ("kl_tiny", (4, 16, 24))],
         *[("kl_f4", (3, 16, 24)), ("kl_f8", (4, 8, 12)), ("kl_f16", (16, 4, 6)), ("kl_f32", (64, 2, 3))],
         *[("vq_f4", (3, 16, 24)), ("vq_f4_noattn", (3, 16, 24)), ("vq_f8", (4, 8, 12)), ("vq_f8_n256", (4, 8, 12))],
-        ("vq_f16", (8, 4, 6)),
+        *[("vq_f16", (8, 4, 6)), ("vq_f16_codes", (8, 4, 6))],
     ],
 )
 def test_shipped_configurations(name, shape):
@@ -94,7 +94,8 @@ def test_shipped_configurations(name, shape):
     with torch.device("meta"):
         stage = build(config.first_stage)
     assert stage.latent_shape(64, 96) == shape
-    assert name == "identity" or type(stage) is (VQFirstStage if name.startswith("vq") else KLFirstStage)
+    kinds = {"identity": Identity, "vq_f16_codes": CodesFirstStage}
+    assert type(stage) is kinds.get(name, VQFirstStage if name.startswith("vq") else KLFirstStage)
 
 
 def test_a_run_that_has_not_ended_is_told(tmp_path):
@@ -142,3 +143,23 @@ def test_vq_latents_are_not_quantised_before_they_are_decoded(tmp_path):
         theirs.save_pretrained(tmp_path / "vqvae")
     del stage._weights
     assert stage.fingerprint(0, torch.device("cpu")) == kept  # codes change nothing of what is kept
+
+
+def test_codes_are_those_that_latents_are_quantised_to(tmp_path):
+    small = {"block_out_channels": [8, 8], "norm_num_groups": 4, "num_vq_embeddings": 9, "scaling_factor": 1.0}
+    autoencoder = initialize(VQModel(**small), seed=4)
+    with torch.no_grad():
+        autoencoder.quantize.embedding.weight.mul_(9)  # codes as far from each other as latents are
+    save(autoencoder, tmp_path / "vqvae")
+    with torch.device("meta"):
+        stages = [kind(VQModel(**small), str(tmp_path)) for kind in (CodesFirstStage, VQFirstStage)]
+    coded, plain = (initialize(stage.to_empty(device="cpu"), seed=0) for stage in stages)
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    codes = coded.encode(images, torch.randn(2, 3, 4, 6))
+    assert coded.codes == 9 and codes.dtype == torch.int64 and codes.shape == (2, 4, 6) and len(codes.unique()) >= 3
+    assert torch.equal(codes, autoencoder(images).codes) and torch.equal(codes, coded.sample(coded.moments(images)))
+    assert torch.allclose(coded.decode(codes), plain.decode(plain.encode(images)), atol=1e-6)
+    theirs = diffusers.VQModel.from_pretrained(tmp_path / "vqvae")
+    quantized, _, (_, _, theirs_codes) = theirs.quantize(theirs.encode(images).latents)
+    assert torch.equal(codes.flatten(), theirs_codes.flatten())
+    assert torch.allclose(coded.decode(codes), theirs.decode(quantized, force_not_quantize=True).sample, atol=1e-5)

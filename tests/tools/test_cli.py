@@ -230,7 +230,7 @@ def test_the_defaults_fit_each_other():
 def test_tiny_fits_any_first_stage(first_stage):
     from trainer.config import preflight
 
-    for experiment in EXPERIMENTS:
+    for experiment in sorted(set(EXPERIMENTS) - {"rdm/rarm"}):  # which reads codes
         preflight(compose("train", ["scale=tiny", f"first_stage={first_stage}", f"experiment={experiment}", SOURCE]), 1)
 
 

@@ -10,29 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
-from data.buckets import Bucket
-from data.encoded import MOMENTS, encoder_outputs
-from models.conditioner import Given
 from models.guidance import Guidance
 from models.process import Process
 from models.samplers import Course, Sampler
-from trainer.objectives.base import Losses, Objective, Phase
+from trainer.objectives.base import Losses, Phase
+from trainer.objectives.conditioned import Conditioned, latents
 from trainer.sampling import Picture, decode, draw_latents, draw_pass
 
 
-class Diffusion(Objective):
-    """One phase: a denoiser trained on noised (latent) images under what a conditioner makes of what samples come with.
-
-    Networks: "denoiser" (trained), "conditioner" (trained with it or frozen) and "first_stage" (frozen).
+class Diffusion(Conditioned):
+    """One phase: a denoiser trained on noised (latent) images under conditions; see `Conditioned`.
 
     Args:
         process: noising path, parameterization, density of times and weight.
         sampler, guidance: how the run's sample grids are drawn.
-        caption_dropout: probability with which each of the conditioner's encoders is dropped from a sample, of all
-            independently; one number for all or one for each (SD3 drops each of three in 46.4 % of samples, arXiv
-            2403.03206). Further numbers are for the conditioner's sizes and maps, which else are never dropped.
+        caption_dropout, train_conditioner: see `Conditioned`.
         error: of the prediction, "squared", or "absolute" (latent diffusion's L1).
-        train_conditioner: whether the conditioner's weights are learned with the denoiser's.
         offset_noise: strength of a further noise that is one number for each of a sample's channels: then a network can
             learn to change a picture's brightness. SDXL: 0.05.
         bound_steps: of a discrete process whose variational bound is estimated in validation, as `val/bound`, in nats
@@ -40,11 +33,6 @@ class Diffusion(Objective):
         validation_times: number of times t at which held-out samples are noised, the midpoints of as many equal parts
             of the times that are trained (SD3, section 5.3: eight, of [0, 1]).
     """
-
-    networks = ("denoiser", "conditioner", "first_stage")
-    phases = (Phase("denoise", ("denoiser",)),)
-    reads_encodings = True
-    draws_prompts = True
 
     def __init__(
         self,
@@ -58,17 +46,14 @@ class Diffusion(Objective):
         offset_noise: float = 0.0,
         bound_steps: int | None = None,
     ):
+        super().__init__("denoise", caption_dropout, train_conditioner)
         if validation_times < 1:
             raise ValueError(f"objective.validation_times is {validation_times}; it must be at least 1")
-        rates = caption_dropout if isinstance(caption_dropout, list) else [caption_dropout]
-        if not all(0 <= rate <= 1 for rate in rates):
-            raise ValueError(f"objective.caption_dropout is {caption_dropout}; it takes probabilities, from 0 to 1")
         if offset_noise < 0:
             raise ValueError(f"objective.offset_noise is {offset_noise}; it takes a number from 0")
         self.offset_noise, self.bound_steps = offset_noise, bound_steps
         self.process, self.sampler, self.guidance = process, sampler, guidance
-        self.caption_dropout, self.validation_times, self.error = caption_dropout, validation_times, error
-        self.phases = (Phase("denoise", ("denoiser", "conditioner") if train_conditioner else ("denoiser",)),)
+        self.validation_times, self.error = validation_times, error
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         """Weighted error of the prediction, averaged over each sample's elements."""
@@ -135,60 +120,3 @@ class Diffusion(Objective):
         pictures = [replace(picture, start=picture.image) for picture in pictures]
         course = Course(start=last)
         return decode(networks, draw_latents(networks, self.process, sampler, self.guidance, pictures, device, course))
-
-    def flops(self, networks: Mapping[str, nn.Module], shape: Bucket) -> float:
-        """Forward and backward of the denoiser, three times its forward pass; encoders are not counted."""
-        _, height, width = networks["first_stage"].latent_shape(shape.height, shape.width)  # type: ignore[operator]
-        length: int = networks["conditioner"].context_length  # type: ignore[assignment]
-        return 3.0 * networks["denoiser"].flops(height, width, length)  # type: ignore[operator]
-
-    def conditions(self, networks: Mapping[str, nn.Module], batch: Batch, dropout: bool = True) -> Mapping[str, Tensor]:
-        """What the conditioner makes of the batch, each part dropped at random unless `dropout` is False."""
-        conditioner = networks["conditioner"]
-        encoders, parts = conditioner.encoders, conditioner.parts
-        assert isinstance(encoders, int) and isinstance(parts, int)
-        keep = torch.ones(len(batch), parts, dtype=torch.bool)
-        rates = self._rates(encoders, parts - encoders)
-        if dropout and rates:
-            keep[:, : len(rates)] = batch.draws.uniform("caption dropout", (len(rates),)) >= torch.tensor(rates)
-        return conditioner(given_of(batch, networks["first_stage"]), keep)
-
-    def check_encoders(self, encoders: int, others: int = 0) -> None:
-        """Refuse dropout rates for another number of encoders, or of encoders and other parts."""
-        self._rates(encoders, others)
-
-    def _rates(self, encoders: int, others: int) -> Sequence[float]:
-        """Of the encoders, or of all parts."""
-        if isinstance(self.caption_dropout, list):
-            if len(self.caption_dropout) not in (encoders, encoders + others):
-                more = f" and {others} other parts" if others else ""
-                raise ValueError(
-                    f"objective.caption_dropout has {len(self.caption_dropout)} numbers for {encoders} encoders{more}"
-                )
-            return self.caption_dropout
-        return [float(self.caption_dropout)] * encoders
-
-
-def given_of(batch: Batch, first_stage: nn.Module) -> Given:
-    """What a batch's samples come with, as a conditioner takes it."""
-    return Given(
-        captions=batch.captions,
-        size=batch.target_size,
-        images=batch.images,
-        encoded=encoder_outputs(batch.fields),
-        fields=batch.fields,
-        original_size=batch.original_size,
-        crop=batch.crop,
-        first_stage=first_stage,  # type: ignore[arg-type]
-        draws=batch.draws,
-    )
-
-
-def latents(first_stage: nn.Module, batch: Batch) -> Tensor:
-    """The batch's images in the space that the denoiser works in, (n, C, h, w) float32: encoded, or of moments that
-    were encoded before. The noise that samples them is the same."""
-    shape = first_stage.latent_shape(*batch.target_size)  # type: ignore[operator]
-    noise = batch.draws.normal("latent", shape, batch.images.device)
-    if MOMENTS in batch.fields:
-        return first_stage.sample(batch.fields[MOMENTS], noise)  # type: ignore[operator]
-    return first_stage.encode(batch.images.float() / 127.5 - 1, noise)  # type: ignore[operator]
