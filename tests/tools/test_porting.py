@@ -161,6 +161,15 @@ def test_an_imported_model_is_trained_on_and_drawn_by_diffusers(kind, made, tmp_
     assert (torch.stack(images).float() / 255 - expected).abs().mean() < 1 / 255
 
 
+def test_a_run_of_imported_weights_is_planned(made, tmp_path, capsys):
+    """With its own folders, and adapters: what a plan does without is not read."""
+    assert cli.execute(["import", f"source={made('sd1')}", "name=base", f"runs={tmp_path}/runs"]) == 0
+    command = ["plan", f"experiment={tmp_path}/runs/base/experiment.yaml", "buckets=square", "buckets.size=16"]
+    command += ["batch=8", "lanes=2", "cluster.processes=2", "adapter=lora", "objective.train_conditioner=true"]
+    assert cli.execute([*command, "adapter.text_targets=[q_proj]"]) == 0
+    assert "fits: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", BESIDE)
 def test_what_reads_a_picture_beside_the_latent_is_trained_on(kind, made, tmp_path):
     assert cli.execute(["import", f"source={made(kind)}", "name=base", f"runs={tmp_path}/runs"]) == 0

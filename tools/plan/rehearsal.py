@@ -54,6 +54,11 @@ def planned_networks(config: Any, objective: Objective) -> dict[str, nn.Module]:
     """The objective's networks without anything in them, on the meta device, and a conditioner without weights on the
     default device."""
     networks = networks_on_meta(config, objective)
+    # Files have values, which fakes have not: neither a first stage's weights are read, nor those beside adapters.
+    if isinstance(first_stage := networks.get("first_stage"), AutoencoderFirstStage):
+        first_stage.folder = None
+    if config.get("adapter") and "denoiser" in networks:
+        networks["denoiser"].init_buffers = lambda: None
     if "conditioner" in objective.networks:
         held = config.data.encoded is None or config.samples.every is not None
         networks["conditioner"] = planned_conditioner(config.conditioner, held)
