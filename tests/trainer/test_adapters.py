@@ -87,7 +87,15 @@ def test_adapters_are_trained_on_two_ranks_and_resumed(kind, engine, made, tmp_p
     assert max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 1
 
 
-@pytest.mark.parametrize("kind, engine", [("sd1", "fsdp")])
+@pytest.mark.parametrize(
+    "kind, engine",
+    [
+        ("sd1", "fsdp"),
+        pytest.param("sd3", "fsdp", marks=pytest.mark.slow),
+        pytest.param("sd1", "deepspeed", marks=pytest.mark.slow),
+        ("sd3", "deepspeed engine.stage=3"),
+    ],
+)
 def test_text_encoders_are_adapted_with_the_denoiser(kind, engine, made, tmp_path):
     base = made(kind)
     write_tars(tmp_path / "scenes", 20, seed=0)
