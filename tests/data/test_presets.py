@@ -24,7 +24,16 @@ def preset(name: str) -> str:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_where_clause_of_the_source_that_it_is_put_at(name):
-    assert len(Where(preset(name)).columns) >= 3
+    columns = Where(preset(name)).columns
+    assert set(columns) == {"label"} if name.startswith("imagenet_") else len(columns) >= 3
+
+
+@pytest.mark.parametrize(("name", "classes"), [("dogs", 130), ("mammals", 242), ("animals", 398)])
+def test_presets_of_imagenet_keep_so_many_of_its_classes(name, classes):
+    import duckdb
+
+    kept = duckdb.sql(f"SELECT count(*) FROM range(1000) classes(label) WHERE {preset(f'imagenet_{name}')}").fetchall()
+    assert kept == [(classes,)]
 
 
 def test_two_sources_may_have_presets_of_their_own_and_an_unknown_one_is_an_error():

@@ -157,10 +157,10 @@ def test_a_model_takes_as_many_and_as_wide_neighbours_as_it_was_made_for(folder:
 
 def test_a_vector_for_no_neighbours_is_learned(folder: Path, capsys):
     guided = ["conditioner=neighbours_guided", "objective.train_conditioner=true", "objective.caption_dropout=0.5"]
-    run(1, folder, "guided", *guided, "steps=2", "validation.every=null")
+    run(1, folder, "guided", *guided, "steps=6", "validation.every=null")
     name = "encoder_modules.0.nothing_given"
     first = torch.empty(32).normal_(generator=parameter_generator(0, "conditioner", name))
-    last = load_weights(folder / "runs/guided/checkpoints/step_00000002", "conditioner")
+    last = load_weights(folder / "runs/guided/checkpoints/step_00000006", "conditioner")
     assert list(last) == [name] and 0 < (last[name] - first).abs().max() < 0.1
     arguments = [f"source={folder}/runs/guided", f"out={folder}/out", "sampler.steps=2", "guidance.scale=4"]
     assert cli.execute(["sample", *arguments, "fields.neighbours=['[3, 17, 5, 8]']"]) == 0, capsys.readouterr().err

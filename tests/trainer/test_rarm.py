@@ -75,7 +75,7 @@ def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: s
 
 
 def test_it_learns_which_codes_there_are(folder: Path):
-    rows = run(1, folder, "few", "steps=60", "samples.every=null", "validation.every=null", "log.every=20")
+    rows = run(1, folder, "few", "steps=120", "samples.every=null", "validation.every=null", "log.every=20")
     losses = [row["loss"] for row in rows]
     codes = load_model(folder / "runs/few").networks["denoiser"].codes
     assert losses[-1] < 0.8 * losses[0] and losses[0] < 1.5 * math.log(codes)
