@@ -17,11 +17,11 @@ demo: install
 	$(BIN)/python -m tools.demo
 
 test: install
-	$(BIN)/python -m pytest -q --durations=30 -m "not slow and not cluster" tests
+	$(BIN)/python -m pytest -q -rs --durations=30 -m "not slow and not cluster" tests
 
 # The longest: runs that are killed again and again, studies, intervals held against hundreds of fits.
 test-slow: install
-	$(BIN)/python -m pytest -q --durations=30 -m "slow and not cluster" tests
+	$(BIN)/python -m pytest -q -rs --durations=30 -m "slow and not cluster" tests
 
 # On a SLURM cluster of network namespaces that the tests start: as root, with Debian's packages.
 test-cluster: install

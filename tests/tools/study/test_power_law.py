@@ -71,18 +71,21 @@ def test_no_other_optimizer_finds_a_better_fit():
 def test_intervals_hold_as_often_as_they_say(tau, sigma, falls):
     rng = np.random.default_rng(3)
     larger = COMPUTE[-1:] * 2.5
-    inside, covered, studies = 0, 0, 60
+    inside, covered, widths, studies = 0, 0, [], 60
     for study in range(studies):
         x, losses, sizes = runs(rng, sigma, tau, falls)
         replicates = replicate(fit(x, losses, sizes, huber=0.02), 100, study)
         low, high = replicates.run(larger, 0.9)
         ended = LAW(larger[None])[0] * np.exp(np.hypot(tau, sigma * 2.5 ** (-6 * falls)) * rng.standard_normal())
         inside += low <= ended <= high
+        widths.append((high - low) / (high + low))
         low, high = replicates.exponents(0.9)[:, 0]
         covered += low <= 0.3 <= high
     # Nine in ten: fewer than these come about once in a thousand times.
     least = stats.binom.ppf(0.001, studies, 0.9)
     assert inside >= least and covered >= least
+    # And they say something: half of them are within 3 to 4 % on either side.
+    assert np.median(widths) < 0.045
 
 
 def test_where_the_law_is_known_the_interval_is_that_of_the_noise():
@@ -94,7 +97,7 @@ def test_where_the_law_is_known_the_interval_is_that_of_the_noise():
     replicates = replicate(fitted, 400)
     low, high = replicates.run(np.array([2e12]), 0.9)
     assert (high - low) / 2 / LAW(np.array([[2e12]]))[0] == pytest.approx(1.645 * 0.01, rel=0.12)
-    assert fitted.noise.sigma == pytest.approx(0.01, rel=0.1) and fitted.tau < 0.003
+    assert fitted.noise.sigma == pytest.approx(0.01, rel=0.1) and fitted.tau() < 0.003
 
 
 @pytest.mark.parametrize("falls", [0.0, 0.3])
@@ -115,8 +118,8 @@ def test_the_error_of_the_slope_of_noise_is_what_repeats_differ_by():
     assert np.std([noise.slope for noise in found]) == pytest.approx(found[0].error, rel=0.35)
 
 
-def test_where_noise_is_even_the_misfit_is_that_of_students_t():
-    # With no noise of seeds, sum of squares / tau^2 is chi-squared with G - p degrees of freedom.
+def test_where_seeds_make_no_noise_the_misfit_is_that_of_students_t():
+    # sum of squares / tau^2 is chi-squared with G - p degrees of freedom.
     rng = np.random.default_rng(7)
     jacobian, residuals = rng.standard_normal((9, 3)), 0.01 * rng.standard_normal(9)
     projection = np.eye(9) - jacobian @ np.linalg.pinv(jacobian)
@@ -130,7 +133,7 @@ def test_misfit_that_exact_large_runs_hide_is_not_taken_for_none():
     # Three parameters, one for each of the exact sizes, and residuals where noise is larger than they are.
     misfit = law_misfit(np.array([0.002, -0.001, 0.001, 0, 0, 0]), np.eye(6)[:, 3:], 0.1)
     noise = np.array([1e-2, 1e-2, 1e-2, 1e-9, 1e-9, 1e-9])
-    assert misfit.median(np.full(6, 1e-9) ** 2) < 0.002 < misfit.median(noise**2) < 0.01
+    assert misfit.quantile(np.full(6, 1e-9) ** 2, 0.5) < 0.002 < misfit.quantile(noise**2, 0.5) < 0.01
 
 
 def test_with_as_many_sizes_as_parameters_the_law_may_be_anything():
@@ -146,5 +149,5 @@ def test_too_few_sizes_are_refused():
 def test_residuals_are_those_of_the_logarithm():
     x = np.array([[1e12]])
     misfit = law_misfit(np.zeros(1), np.ones((1, 1)), 1.0)
-    fitted = Fit(LAW, x, LAW(x) * 1.1, np.array([0]), SeedNoise(0, 0, 0, 0, 0), misfit, 0.0, 1e-3)
+    fitted = Fit(LAW, x, LAW(x) * 1.1, np.array([0]), SeedNoise(0, 0, 0, 0, 0), misfit, 1e-3)
     np.testing.assert_allclose(fitted.residuals, np.log(1.1))

@@ -4,7 +4,7 @@ This deviation, tau of `power_law`, is told from few sizes, and where noise fall
 then passes through the largest runs, which alone are exact, and leaves residuals only where noise hides them. Hence a
 distribution, and no estimate. It is the restricted likelihood of the residuals, which looks only at what the law's
 parameters do not take up (Patterson and Thompson, Biometrika 58, 1971), times the prior that Jeffreys' rule gives for
-it, the root of its information: where noise is the same for all sizes, that makes intervals those of Student's t.
+it, the root of its information: where seeds make no noise, that makes intervals those of Student's t.
 """
 
 from dataclasses import dataclass
@@ -43,10 +43,10 @@ class LawMisfit:
         density = np.exp(log - log.max()) * information * np.diff(edges)
         return taus, density / density.sum()
 
-    def median(self, variances: np.ndarray) -> float:
-        """As likely above as below."""
+    def quantile(self, variances: np.ndarray, share: float) -> float:
+        """The tau that is this likely not to be exceeded."""
         taus, probabilities = self.likely(variances)
-        return float(taus[np.searchsorted(probabilities.cumsum(), 0.5)])
+        return float(np.interp(share, probabilities.cumsum(), taus))
 
     def draw(self, variances: np.ndarray, rng: np.random.Generator) -> float:
         """A tau that might be behind the residuals."""
@@ -61,7 +61,12 @@ def law_misfit(residuals: np.ndarray, jacobian: np.ndarray, most: float) -> LawM
         residuals: (G,), of the logarithm of the sizes' mean losses.
         jacobian: (G, p), of the logarithm of the law in its parameters.
         most: the largest tau: that of a law that tells nothing.
+
+    Raises:
+        ValueError: `most` is 0: the sizes do not differ.
     """
+    if most <= 0:
+        raise ValueError("all sizes have the same mean loss: there is no law to fit")
     u, s, _ = np.linalg.svd(jacobian)
     rest = u[:, (s > 1e-10 * s.max()).sum() :]
     return LawMisfit(rest, rest.T @ residuals, most)

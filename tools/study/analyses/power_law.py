@@ -64,7 +64,6 @@ class Fit:
         sizes: (n,) int, equal for runs that differ in their seed alone.
         noise: between seeds.
         misfit: what the deviation tau of sizes from the law may be.
-        tau: the median of that.
         huber: see `fit`.
     """
 
@@ -74,13 +73,17 @@ class Fit:
     sizes: np.ndarray
     noise: SeedNoise
     misfit: LawMisfit
-    tau: float
     huber: float
 
     @property
     def residuals(self) -> np.ndarray:
         """(n,), of the logarithms."""
         return np.log(self.losses) - np.log(self.law(self.x))
+
+    def tau(self, share: float = 0.5) -> float:
+        """The deviation of sizes from the law that is this likely not to be exceeded."""
+        points = _Points.of(self.x, self.losses, self.sizes)
+        return self.misfit.quantile(points.variances(self.noise), share)
 
     def deviations(self) -> np.ndarray:
         """(sizes,), from the smallest on: standard deviations between seeds, of the logarithm."""
@@ -109,10 +112,9 @@ def fit(x: np.ndarray, losses: np.ndarray, sizes: Sequence[int] | np.ndarray, hu
     noise = seed_noise(points.y, points.size, sizes)
     theta = points.best(points.scale(noise, 0.0), huber)
     # tau weighs the sizes, and comes from the law that they give: once more is enough.
-    tau = points.misfit(theta).median(points.variances(noise))
+    tau = points.misfit(theta).quantile(points.variances(noise), 0.5)
     theta = points.best(points.scale(noise, tau), huber)
-    misfit = points.misfit(theta)
-    return Fit(points.law(theta), x, losses, sizes, noise, misfit, misfit.median(points.variances(noise)), huber)
+    return Fit(points.law(theta), x, losses, sizes, noise, points.misfit(theta), huber)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,14 @@ class ScalingLaw:
             rows.append([f"factor of {name}", figures(law.factors[k], 3), ""])
         between = fitted.deviations()
         rows.append(["deviation between seeds, smallest and largest size", f"{between[0]:.2%}, {between[-1]:.2%}", ""])
-        rows.append(["deviation of sizes from the law", f"{fitted.tau:.2%}", ""])
+        of_sizes = [fitted.tau(share) for share in (0.5, (1 - level) / 2, (1 + level) / 2)]
+        rows.append(
+            [
+                "deviation of sizes from the law, the median",
+                f"{of_sizes[0]:.2%}",
+                f"[{of_sizes[1]:.2%}, {of_sizes[2]:.2%}]",
+            ]
+        )
         sheet.table(
             f"{sheet.name}_law", f"The fitted law of {self.loss}.", ["", "value", f"{level:.0%} interval"], rows
         )
@@ -158,7 +165,7 @@ def _law_json(fitted: Fit, replicates: Replicates, level: float) -> dict[str, An
         "exponent_intervals": replicates.exponents(level).T.tolist(),
         "sigma": fitted.noise.sigma,
         "sigma_exponent": fitted.noise.slope,
-        "tau": fitted.tau,
+        "tau": fitted.tau(),
         "runs": len(fitted.losses),
     }
 
