@@ -226,7 +226,10 @@ def test_the_defaults_fit_each_other():
     preflight(compose("train", [SOURCE]), ranks=1)
 
 
-@pytest.mark.parametrize("first_stage", ["identity", "kl_tiny", "kl_sd3", "kl_sdxl"])
+@pytest.mark.parametrize(
+    "first_stage",
+    ["identity", "kl_tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kl_sd3", "kl_sdxl"))],
+)
 def test_tiny_fits_any_first_stage(first_stage):
     from trainer.config import preflight
 

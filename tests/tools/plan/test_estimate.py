@@ -106,6 +106,7 @@ def test_shares_of_parameters_are_their_first_rows(ranks):
     assert found == [torch.empty(p.shape).chunk(ranks)[0].numel() for p in network.parameters()]
 
 
+@pytest.mark.slow
 def test_states_shrink_with_ranks_and_replicas_do_not_shard():
     four, two = estimated(ranks=4), estimated(ranks=2)
     replicas = estimated("engine=hsdp", "engine.replicas=2", ranks=4)
@@ -120,6 +121,7 @@ def test_offloading_moves_states_to_the_host():
     assert offloaded.bytes_per_rank == known.bytes_per_rank - sum(offloaded.host_bytes.values())
 
 
+@pytest.mark.slow
 def test_text_that_was_encoded_before_takes_no_encoders_but_comes_with_the_samples():
     encoded = ["conditioner=sd3", "model.joint_attention_dim=4096", "model.pooled_projection_dim=2048"]
     whole = estimated(*encoded)
