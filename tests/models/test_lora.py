@@ -23,14 +23,7 @@ ALL += ["conv_in", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "up
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folders: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in folders:
-            folders[kind] = KINDS[kind](tmp_path_factory.mktemp(kind))
-        return folders[kind]
-
-    return make
+    return tiny_pipelines.made_once(KINDS, tmp_path_factory)
 
 
 def inputs(network: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:

@@ -21,14 +21,7 @@ KINDS = {"sdxl": tiny_pipelines.sdxl, "sd3": tiny_pipelines.sd3}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folders: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in folders:
-            folders[kind] = KINDS[kind](tmp_path_factory.mktemp(kind))
-        return folders[kind]
-
-    return make
+    return tiny_pipelines.made_once(KINDS, tmp_path_factory)
 
 
 def adapted(folder: Path) -> Any:

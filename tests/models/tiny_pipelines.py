@@ -1,10 +1,11 @@
 """Whole pipelines of diffusers, tiny and random, saved by diffusers itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -206,3 +207,15 @@ def sd3(folder: Path, **options: Any) -> Path:
     torch.nn.init.eye_(pipeline.text_encoder.text_projection.weight)
     pipeline.save_pretrained(folder / "sd3")
     return folder / "sd3"
+
+
+def made_once(kinds: Mapping[str, Callable[[Path], Path]], factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders by kind, each made when it is first asked for."""
+    folders: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = kinds[kind](factory.mktemp(kind))
+        return folders[kind]
+
+    return make

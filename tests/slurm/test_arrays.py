@@ -29,6 +29,10 @@ def kill_one(lab: Lab, job: str) -> int:
     return lost
 
 
+def wait_until_ended(lab: Lab, job: str) -> None:
+    wait_for(lambda: lab.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), 300, lab.log)
+
+
 def test_an_array_of_curation_with_a_node_killed_loses_nothing(lab, tmp_path):
     write_tars(tmp_path / "scenes", 200, seed=0, per_shard=10)
     curate = [f"shards={tmp_path}/scenes", "filter=[sharpness,content_hash]", "log.wandb=null"]
@@ -43,7 +47,7 @@ def test_an_array_of_curation_with_a_node_killed_loses_nothing(lab, tmp_path):
     assert len(array.elements) == 8 and f"job {array.id}, then {rest.id}" in done.stdout
     lost = kill_one(lab, array.id)
     try:
-        wait_for(lambda: lab.state(rest.id) in ("COMPLETED", "FAILED", "CANCELLED"), 300, lab.log)
+        wait_until_ended(lab, rest.id)
     finally:
         lab.start_slurmd(lost)
     assert lab.state(rest.id) == "COMPLETED", command(lab, "logs", "scored", f"runs={tmp_path}/runs").stdout
@@ -63,7 +67,7 @@ def test_an_array_of_encoding_gives_the_bytes_of_one_command(lab, tmp_path):
     assert done.returncode == 0, done.stderr
     array, rest = named(f"{tmp_path}/runs", "array")
     assert len(array.elements) == 3
-    wait_for(lambda: lab.state(rest.id) in ("COMPLETED", "FAILED", "CANCELLED"), 300, lab.log)
+    wait_until_ended(lab, rest.id)
     told = command(lab, "logs", "array", f"runs={tmp_path}/runs").stdout
     assert lab.state(rest.id) == "COMPLETED" and "4 shards, 40 samples, 0 of them with errors" in told, told
     folders = [tmp_path / "scenes" / f"encoded-{name}" for name in ("here", "there")]
@@ -87,7 +91,7 @@ def test_an_array_of_retrieval_with_a_node_killed_gives_the_files_of_one_command
     assert len(array.elements) == 4 and f"job {array.id}, then {rest.id}" in done.stdout
     lost = kill_one(lab, array.id)
     try:
-        wait_for(lambda: lab.state(rest.id) in ("COMPLETED", "FAILED", "CANCELLED"), 300, lab.log)
+        wait_until_ended(lab, rest.id)
     finally:
         lab.start_slurmd(lost)
     told = command(lab, "logs", "array", f"runs={tmp_path}/runs").stdout

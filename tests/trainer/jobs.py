@@ -1,9 +1,10 @@
 """The `train` job on the session's gloo ranks: as a command line would compose it, without the start of processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -11,6 +12,7 @@ from conf.compose import compose
 from conf.schema import check
 from data.run_directory import read_jsonl
 from tests.trainer.ranks import ranks
+from trainer.checkpoint import load_weights
 from trainer.distributed import World
 from trainer.train import Config, train
 
@@ -42,6 +44,30 @@ def train_on(
     ranks(world).run(_train, [*small, *shared, *overrides], timeout_s=timeout_s)
     (name,) = (value.removeprefix("name=") for value in overrides if value.startswith("name="))
     return read_jsonl(folder / "runs" / name / "metrics.jsonl")
+
+
+def resumed_as_whole(run: Callable[..., list[dict]], folder: Path, engine: str) -> list[dict]:
+    """Train four steps on two ranks: two and then two more end in the same bits, and on one rank in the same losses.
+
+    Args:
+        run: of ranks, the folder, a run's name and overrides, as `train_on`.
+
+    Returns:
+        Rows of the run `engine`, which was not resumed.
+    """
+    chosen = f"engine={engine}"
+    whole = run(2, folder, engine, chosen, "steps=4")
+    for name, world in ((f"{engine}_twice", 2), (f"{engine}_alone", 1)):
+        run(2, folder, name, chosen, "steps=2")
+        twice = run(world, folder, name, chosen, "steps=4")
+        assert [row["step"] for row in whole] == [1, 2, 3, 4] == [row["step"] for row in twice]
+        for first, second in zip(whole, twice, strict=True):
+            assert first["loss"] == (second["loss"] if world == 2 else pytest.approx(second["loss"], rel=1e-5))
+    ends = [
+        load_weights(folder / "runs" / n / "checkpoints/step_00000004", "denoiser") for n in (engine, f"{engine}_twice")
+    ]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    return whole
 
 
 def _train(overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
 """LoRA runs: under both engines, on two ranks, resumed once; only adapters are trained and saved, and they come out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,15 @@ KINDS = {"sd1": tiny_pipelines.sd1, "sd3": tiny_pipelines.sd3}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folders: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in folders:
-            at = tmp_path_factory.mktemp(kind)
+    def imported(kind: str) -> Callable[[Path], Path]:
+        def make(at: Path) -> Path:
             KINDS[kind](at)
             assert cli.execute(["import", f"source={at}/{kind}", "name=base", f"runs={at}"]) == 0
-            folders[kind] = at / "base"
-        return folders[kind]
+            return at / "base"
 
-    return make
+        return make
+
+    return tiny_pipelines.made_once({kind: imported(kind) for kind in KINDS}, tmp_path_factory)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

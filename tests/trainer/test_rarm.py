@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.data.retrieval.vectors import clustered, save_database, save_index, write_neighbours
-from tests.trainer.jobs import train_on
+from tests.trainer.jobs import resumed_as_whole, train_on
 from tests.trainer.task_tars import write_task_tars
 from tools import cli
-from trainer.checkpoint import load_weights
 from trainer.loading import load_model
 
 TINY = [
@@ -38,19 +36,7 @@ def run(world: int, folder: Path, name: str, *overrides: str) -> list[dict]:
 
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: str, capsys):
-    chosen = f"engine={engine}"
-    whole = run(2, folder, engine, chosen, "steps=4")
-    for name, world in ((f"{engine}_twice", 2), (f"{engine}_alone", 1)):
-        run(2, folder, name, chosen, "steps=2")
-        twice = run(world, folder, name, chosen, "steps=4")
-        assert [row["step"] for row in whole] == [1, 2, 3, 4] == [row["step"] for row in twice]
-        for first, second in zip(whole, twice, strict=True):
-            exact = world == 2
-            assert first["loss"] == (second["loss"] if exact else pytest.approx(second["loss"], rel=1e-5))
-    ends = [
-        load_weights(folder / "runs" / n / "checkpoints/step_00000004", "denoiser") for n in (engine, f"{engine}_twice")
-    ]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    whole = resumed_as_whole(run, folder, engine)
     assert whole[-1]["val/loss"] > 0 and (folder / "runs" / engine / "samples/step_00000004.png").stat().st_size > 500
 
     def sampled(*overrides: str) -> np.ndarray:
