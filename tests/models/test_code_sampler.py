@@ -68,7 +68,7 @@ def test_the_likeliest_code_follows_where_one_is_left():
 class Two(nn.Module):
     """Predicts its context, whatever came before."""
 
-    start, length, blocks = 4, 9, ()
+    start, length, blocks = 4, 99, ()
 
     def forward(self, tokens: Tensor, context: Tensor, cache: object = None) -> Tensor:
         return context[:, :1].expand(-1, tokens.shape[1], -1)
@@ -76,10 +76,10 @@ class Two(nn.Module):
 
 def test_guidance_leads_logits_from_the_unconditional_ones():
     conditional, null = torch.tensor([[[0.0, 1, 0, 2]]]), torch.tensor([[[0.0, 2, 0, 1]]])
-    numbers = (torch.arange(9) + 0.5)[None] / 9
-    guided = CodeSampler(top_k=None).sample(Two(), numbers, conditional, null, 3.0)
-    logits = (null + 3 * (conditional - null))[0, 0]
-    assert torch.equal(guided[0], draw(logits.expand(9, -1), numbers[0]))
+    numbers = (torch.arange(99) + 0.5)[None] / 99
+    guided = CodeSampler(top_k=None).sample(Two(), numbers, conditional, null, 1.5)
+    logits = (null + 1.5 * (conditional - null))[0, 0]
+    assert torch.equal(guided[0], draw(logits.expand(99, -1), numbers[0]))
     assert not torch.equal(guided, CodeSampler(top_k=None).sample(Two(), numbers, conditional))
 
 

@@ -129,6 +129,17 @@ def test_where_seeds_make_no_noise_the_misfit_is_that_of_students_t():
     np.testing.assert_allclose(said, np.sqrt(squares / stats.chi2.ppf([0.9, 0.5, 0.1], 6)), rtol=0.03)
 
 
+def test_exact_runs_do_not_draw_the_law_through_themselves_where_sizes_lie_off_it():
+    # The larger a size the better its seeds agree, and all sizes are 1 % off.
+    sizes = np.repeat(np.arange(6), 3)
+    x = COMPUTE[sizes][:, None]
+    off = np.array([0.01, -0.01, 0.01, -0.01, 0.01, -0.01])
+    seeds = np.tile([-1.0, 0.0, 1.0], 6) * (0.03 * 10.0 ** -np.arange(6))[sizes]
+    fitted = fit(x, LAW(x) * np.exp(off[sizes] + seeds), sizes, huber=0.02)
+    residuals = np.bincount(sizes, fitted.residuals) / 3
+    assert abs(residuals[-1]) > 0.002
+
+
 def test_misfit_that_exact_large_runs_hide_is_not_taken_for_none():
     # Three parameters, one for each of the exact sizes, and residuals where noise is larger than they are.
     misfit = law_misfit(np.array([0.002, -0.001, 0.001, 0, 0, 0]), np.eye(6)[:, 3:], 0.1)
