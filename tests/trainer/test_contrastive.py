@@ -18,7 +18,7 @@ from models.image import ImageEncoder
 from models.initialization import initialize
 from models.text import ClipEncoder
 from models.text_training import train_clip_tokenizer
-from tests.models.test_clip import CAPTIONS, TEXT, VISION
+from tests.models.test_clip_towers import CAPTIONS, TEXT, VISION
 from tests.trainer.jobs import QUICK, train_on
 from tests.trainer.ranks import ranks
 from tools import cli
