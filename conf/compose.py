@@ -158,7 +158,7 @@ def _stand_ins(config: DictConfig, choices: list[Override]) -> dict[str, str]:
 def _drop_of_other_classes(config: DictConfig, choices: list[Override], stand_ins: dict[str, str]) -> None:
     """Remove the values that an experiment or a scale sets in a group, where the class that the command line or the
     scale chooses there takes no such values."""
-    chosen = {str(o.key_or_group): o.value() for o in choices if o.package is None and not o.is_delete()}
+    chosen = {_place(o): o.value() for o in choices if not o.is_delete()}
     if "scale" in chosen:
         text = (ROOT / "scale" / f"{chosen['scale']}.yaml").read_text()
         chosen = dict(re.findall(r"^\s*- override /(\S+): (\S+)$", text, re.MULTILINE)) | stand_ins | chosen
@@ -169,15 +169,18 @@ def _drop_of_other_classes(config: DictConfig, choices: list[Override], stand_in
         # What it extends may have set values for other choices.
         chosen = dict(re.findall(r"^\s*- override /(\S+): (\S+)$", file.read_text(), re.MULTILINE)) | chosen
         file = ROOT / f"{extended.group(1)}.yaml"
-    for group, choice in chosen.items():
-        node = OmegaConf.select(config, group.replace("/", "."))
+    for place, choice in chosen.items():
+        group, _, package = place.partition("@")
+        node = OmegaConf.select(config, package or group.replace("/", "."))
         if group in ("experiment", "scale") or not isinstance(node, DictConfig) or not isinstance(choice, str):
             continue
         for path, inner in nodes(node):
             if "_target_" in inner:
-                takes = parameters(inner._target_, f"{group}.{path}")
+                takes = parameters(inner._target_, f"{place}.{path}")
                 stale = [key for key in inner if not str(key).startswith("_") and not takes(str(key))]
-            elif not path:  # no class of its own: it takes what its file says, and descriptions of objects (by_phase)
+            elif (
+                not path and not package
+            ):  # no class of its own: it takes what its file says, and descriptions of objects (by_phase)
                 own = OmegaConf.load(ROOT / group / f"{choice}.yaml")
                 stale = [key for key in inner if key not in own and not isinstance(inner._get_node(key), DictConfig)]
             else:
@@ -185,6 +188,11 @@ def _drop_of_other_classes(config: DictConfig, choices: list[Override], stand_in
             with open_dict(inner):
                 for key in stale:
                     del inner[key]
+
+
+def _place(choice: Override) -> str:
+    """A group, and after an @ where its choice goes, if that is told."""
+    return f"{choice.key_or_group}@{choice.package}" if choice.package else str(choice.key_or_group)
 
 
 def _check_choices(job: str, parsed: list[Override]) -> None:
@@ -285,6 +293,8 @@ def _sentence(job: str, error: Exception, config: DictConfig) -> str:
     if key and isinstance(error, ConfigCompositionException):
         near = _near_key(config, key.group(1))
         return f"{job!r} has no key {key.group(1)!r}{near} (millrace {job} --help lists them)."
+    if twice := re.match(r"Multiple values for ([^\s']+)\.", text):
+        return f"{twice.group(1)!r} has a choice already: put another in its place without the +."
     unfit = re.match(r"Error merging override \+*(.*)", text)
     if unfit:
         return f"{unfit.group(1)!r} does not fit what is there: {_first_line(error.__cause__ or error)}."

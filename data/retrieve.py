@@ -45,7 +45,7 @@ class Config:
         embedding: how pictures become embeddings.
         index: what indexes are to be.
         neighbours_of: shards whose samples get a column of neighbours; null: none.
-        neighbours: name of the column.
+        column: its name.
         k: how many neighbours.
         query: a text, or a picture's file, whose `k` nearest pictures a contact sheet shows; null: none.
         out: that sheet, a PNG.
@@ -67,7 +67,7 @@ class Config:
     shards: str | list[str] | None = None
     index: IndexSettings = field(default_factory=IndexSettings)
     neighbours_of: str | list[str] | None = None
-    neighbours: str = "neighbours"
+    column: str = "neighbours"
     k: int = 20
     query: str | None = None
     out: str = "retrieved.png"
@@ -119,14 +119,14 @@ def run(config: Config) -> None:
                 database.check_model(one.fingerprint(), one.model)
                 if config.k > database.rows:
                     raise ConfigError(f"k={config.k} neighbours of a database of {database.rows} rows: choose fewer")
-                is_due = due(asked, config.neighbours, recipe_of(database, one, config.k), store)
-            work = partial(find_neighbours, asked, is_due, database, one, config.neighbours, config.k, store)
+                is_due = due(asked, config.column, recipe_of(database, one, config.k), store)
+            work = partial(find_neighbours, asked, is_due, database, one, config.column, config.k, store)
             run_tasks(work, tasks, tasks.totals([m.rows for m in asked]), "neighbours", log)
         if whole and (config.query or config.report):
             with mistakes():
                 _show(config, Database(folder), embedding, store, log)
     if whole:
-        print(summary(Database(folder), asked, config.neighbours, time.perf_counter() - started))
+        print(summary(Database(folder), asked, config.column, time.perf_counter() - started))
     else:
         print("the shards of this task are embedded: the same command without cluster.task builds the index")
 

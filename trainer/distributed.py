@@ -9,11 +9,9 @@ import os
 import re
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -135,14 +133,10 @@ def start(device: str = "auto", timeout_s: float = 1800.0) -> World:
     # How many collectives torch keeps a record of.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "512")
     if not dist.is_initialized():
-        if place is None:
-            file = Path(tempfile.mkdtemp(prefix="millrace-")) / "rendezvous"
-            method = f"file://{file}"
-        else:
-            method = _rendezvous(os.environ)
         if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ and not _resolves_own_name():
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a laptop or container whose host name is not in any hosts file
-        dist.init_process_group(backend, method, timeout=timedelta(seconds=timeout_s), world_size=size, rank=rank)
+        alone = {"store": dist.HashStore()} if place is None else {"init_method": _rendezvous(os.environ)}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), world_size=size, rank=rank, **alone)
     return World(rank, size, local_rank, chosen, launched=place is not None)
 
 

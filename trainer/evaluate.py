@@ -51,8 +51,9 @@ from trainer.evaluation.pictures import DrawnPictures, KeptPictures, PictureSet,
 from trainer.evaluation.results import SHOWN, Results, caption_of
 from trainer.loading import Loaded
 from trainer.rank_progress import rank_progress
-from trainer.sample import sampler_of
-from trainer.sampling import OwnSampler
+from trainer.sample import guidance_of, sampler_of
+from trainer.sample_neighbours import NeighboursConfig
+from trainer.sampling import OwnGuidance, OwnSampler
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Config:
 
     features: Features
     sampler: Sampler | CodeSampler | OwnSampler
-    guidance: Guidance
+    guidance: Guidance | OwnGuidance
     cluster: Cluster
     source: str | None
     generated: str | list[str] | None
@@ -74,6 +75,9 @@ class Config:
     reference: str | list[str] | None
     reference_where: str | None
     caption: str
+    neighbours: NeighboursConfig
+    queries: Literal["samples", "captions", "drawn"]
+    database: str | None
     reference_samples: PositiveInt | None
     prompts: list[str]
     prompts_file: str | None
@@ -258,7 +262,7 @@ def settings_of(config: Any, model: Model | None) -> list[Setting]:
     own = model.config.get("sampler", {}).get("steps")
     chosen = config.sampler.get("steps")
     steps = list(config.steps) or [own if chosen is None else chosen]
-    scales = list(config.guidance_scales) or [config.guidance.scale]
+    scales = list(config.guidance_scales) or [guidance_of(build(config.guidance), model).scale]
     return [Setting(a, s, float(g)) for a, g, s in product(config.averages, scales, steps)]
 
 
@@ -332,7 +336,7 @@ def _measure_model(metrics: Sequence[Metric], model: Model | None, world: World)
 def _drawing(config: Any, setting: Setting, model: Loaded) -> tuple[Sampler, Guidance]:
     steps = {"steps": setting.steps} if "steps" in config.sampler else {}
     changed = OmegaConf.merge(config, {"sampler": steps, "guidance": {"scale": setting.guidance}})
-    return sampler_of(build(changed.sampler), model), build(changed.guidance)
+    return sampler_of(build(changed.sampler), model), guidance_of(build(changed.guidance), model)
 
 
 def _see(metrics: Sequence[PictureMetric], pictures: PictureSet, task: Task) -> tuple[list[Tensor], int]:

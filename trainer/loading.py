@@ -38,8 +38,8 @@ class Loaded:
         networks: "denoiser", "conditioner" and "first_stage", on the CPU in float32. The first stage may still be on
             the meta device, for `prepare_frozen` to fill.
         process: that the denoiser was trained with.
-        config: "model", "first_stage", "conditioner", "process" and "sampler" as a run's config describes them; a
-            pipeline's sampler is that of its scheduler.
+        config: "model", "first_stage", "conditioner", "process", "sampler" and "guidance" as a run's config describes
+            them; a pipeline's sampler is that of its scheduler.
         size: (height, width) in pixels that it was trained at (the first bucket).
         source: where it came from, for pictures' metadata.
         seed: of the run, from which a first stage without weights of its own is drawn again.

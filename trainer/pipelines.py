@@ -16,8 +16,8 @@ EDITING, EDITED = "StableDiffusionInstructPix2PixPipeline", "original"
 
 
 def config_of(folder: PipelineFolder) -> dict[str, Node]:
-    """ "model", "first_stage", "conditioner", "process" and "sampler" of a Stable Diffusion 1, 2, XL, refiner or 3
-    pipeline.
+    """A Stable Diffusion 1, 2, XL, refiner or 3 pipeline's "model", "first_stage", "conditioner", "process", "sampler"
+    and "guidance".
 
     Raises:
         ValueError: another pipeline, or a component or setting of one that is not implemented.
@@ -39,6 +39,7 @@ def config_of(folder: PipelineFolder) -> dict[str, Node]:
         "conditioner": describe(folder, model),
         "process": process_node(folder.config("scheduler")),
         "sampler": sampler_node(folder.config("scheduler")),
+        "guidance": {"_target_": "models.guidance.Guidance", "scale": 4.5},
     }
 
 

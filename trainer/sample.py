@@ -21,7 +21,17 @@ from trainer.engines.networks import prepare_frozen
 from trainer.loading import Loaded, load_model, merge_adapters
 from trainer.sample_conditions import ConditionReader, asked_for, map_of, size_of
 from trainer.sample_neighbours import NeighboursConfig
-from trainer.sampling import OwnSampler, Picture, decode, draw_latents, draw_pass, grid, save_png, share_work
+from trainer.sampling import (
+    OwnGuidance,
+    OwnSampler,
+    Picture,
+    decode,
+    draw_latents,
+    draw_pass,
+    grid,
+    save_png,
+    share_work,
+)
 
 # Of an image to change, where nothing is said.
 _STRENGTH = 0.8
@@ -32,7 +42,7 @@ class Config:
     """conf/sample.yaml, whose comments explain the keys. A class stands for a `_target_` that builds such an object."""
 
     sampler: Sampler | CodeSampler | OwnSampler
-    guidance: Guidance
+    guidance: Guidance | OwnGuidance
     cluster: Cluster
     source: str
     prompts: list[str]
@@ -85,7 +95,7 @@ def run(config: Any) -> None:
         replace(given.picture(of, seed), negative=config.negative or None, start=start, mask=mask) for of, seed in told
     ]
     sampler = sampler_of(build(config.sampler), loaded)
-    guidance = build(config.guidance)
+    guidance = guidance_of(build(config.guidance), loaded)
     if isinstance(sampler, CodeSampler) and (start is not None or refiner is not None):
         key = "image" if start is not None else "refiner"
         raise ConfigError(f"{key}: {loaded.source} draws pictures code after code, from the first; leave it out.")
@@ -139,6 +149,13 @@ def sampler_of(chosen: Sampler | CodeSampler | OwnSampler, loaded: Loaded) -> An
             raise ConfigError(f"sampler: {type(chosen).__name__} does not go with {loaded.source}; leave it out.")
         return chosen
     return build(loaded.config["sampler"] | ({"steps": chosen.steps} if chosen.steps is not None else {}))
+
+
+def guidance_of(chosen: Guidance | OwnGuidance, loaded: Loaded) -> Guidance:
+    """The guidance that is chosen; or the model's own, with what is chosen in its place."""
+    if isinstance(chosen, Guidance):
+        return chosen
+    return build(loaded.config["guidance"] | chosen.given)
 
 
 def _strength(config: Any) -> float | None:

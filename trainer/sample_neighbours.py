@@ -1,4 +1,4 @@
-"""The neighbours that `millrace sample` draws pictures of: how many, in which database, of which queries."""
+"""The neighbours that pictures are drawn of: how many, in which database, of which queries."""
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from trainer.sampling import SAMPLING_STEP
 
 @dataclass
 class NeighboursConfig:
-    """`neighbours` of conf/sample.yaml."""
+    """conf/neighbours, whose comments explain the keys."""
 
     k: PositiveInt | None
     query: bool | None
@@ -38,7 +38,7 @@ class NeighbourReader:
     """The neighbours that pictures are drawn of.
 
     Args:
-        config: of the `sample` job.
+        config: of the `sample` or the `evaluate` job.
         loaded: what is sampled from.
 
     Raises:
@@ -52,12 +52,14 @@ class NeighbourReader:
         if not self._trained and (config.database is not None or asked.k is not None or asked.query is not None):
             key = "neighbours" if config.database is None else "database"
             raise ConfigError(f"{key}: the model was trained without neighbours.")
-        self.fields = {name: self._asked(name, one) for name, one in self._trained.items()}
+        self.fields = {name: self.as_asked(name, one) for name, one in self._trained.items()}
         """As the pictures have them, by name."""
 
-    def _asked(self, name: str, trained: NeighbourField) -> NeighbourField:
+    def as_asked(self, name: str, trained: Any) -> NeighbourField:
+        """A field of training with what is asked for in its place."""
         asked = self._config.neighbours
-        changes: dict[str, Any] = {"database": self._config.database or trained.database, "k": asked.k or trained.k}
+        changes: dict[str, Any] = {"database": self._config.database or trained.database}
+        changes |= {"k": asked.k or trained.k, "column": asked.column or trained.column}
         if isinstance(trained, Neighbours):
             changes["query"] = trained.query if asked.query is None else asked.query
             encoders: Any = self._loaded.networks["conditioner"]
@@ -85,9 +87,9 @@ class NeighbourReader:
                 raise ConfigError(
                     "database: how often its entries are neighbours of training's samples is told by a column that"
                     f" `millrace retrieve database={self._config.database} neighbours_of=<training's shards>"
-                    " neighbours=<column>` writes: give neighbours.column=<column>, or neighbours.top_m=null."
+                    " column=<column>` writes: give neighbours.column=<column>, or neighbours.top_m=null."
                 )
-            counted = replace(self.fields[name], k=trained.k, column=asked.column or trained.column)
+            counted = replace(self.fields[name], k=trained.k)
             with mistakes():
                 found[name] = proposal(count_neighbours(self._data(name, counted), counted), asked.top_m, asked.alike)
         return found

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,29 @@ class OwnSampler:
     """
 
     steps: PositiveInt | None = None
+
+
+@dataclass(frozen=True)
+class OwnGuidance:
+    """The guidance of what is sampled from, a run's or a pipeline's.
+
+    Args:
+        scale, picture_scale, rescale, low, high: in the place of its own; see `Guidance`.
+    """
+
+    scale: float | None = None
+    picture_scale: float | None = None
+    rescale: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        Guidance(**self.given)
+
+    @property
+    def given(self) -> dict[str, float]:
+        """What is not its own."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class NeighbourField(Field):
                 raise ConfigError(
                     f"the column {self.column!r} beside {redact(manifest.shard)} is not of the database {self.database}"
                     f" as it is: run `millrace retrieve database={self.database} neighbours_of=..."
-                    f" neighbours={self.column}`"
+                    f" column={self.column}`"
                 )
             if scored.recipe.settings["k"] < self.k:
                 stored = scored.recipe.settings["k"]

@@ -82,10 +82,10 @@ def test_an_array_of_retrieval_with_a_node_killed_gives_the_files_of_one_command
     assert command(lab, "index", f"shards={tmp_path}/scenes").returncode == 0
     run = [f"shards={tmp_path}/scenes", f"neighbours_of={tmp_path}/scenes", f"embedding.model={clip}", "k=4"]
     run += ["index.kind=ivf_flat", "index.cells=4", f"runs={tmp_path}/runs", "log.wandb=null"]
-    here = command(lab, "retrieve", *run, f"database={tmp_path}/here", "neighbours=here")
+    here = command(lab, "retrieve", *run, f"database={tmp_path}/here", "column=here")
     assert here.returncode == 0, here.stderr
     there = [*NODES, "cluster.tasks=4", "name=array"]
-    done = command(lab, "retrieve", *run, f"database={tmp_path}/there", "neighbours=there", *there)
+    done = command(lab, "retrieve", *run, f"database={tmp_path}/there", "column=there", *there)
     assert done.returncode == 0, done.stderr
     array, rest = named(f"{tmp_path}/runs", "array")
     assert len(array.elements) == 4 and f"job {array.id}, then {rest.id}" in done.stdout

@@ -96,6 +96,11 @@ def test_a_bare_word_is_what_the_job_is_about(line, shown, capsys):
         (["train", "log.wandb.projct=x"], ["log.wandb.projct", "project"]),
         (["train", "log.wandb.mode=foo"], ["log.wandb.mode='foo'", "'offline'"]),
         (["sample", "source=x", "each=0"], ["each=0", "out of range"]),
+        (["train", "guidance=own"], ["guidance", "OwnGuidance"]),
+        (
+            ["train", "experiment=rdm/imagenet", "+field@data.fields.neighbours=neighbour_captions"],
+            ["'field@data.fields.neighbours'", "without the +"],
+        ),
         (["index", "shards=x", "processes=0"], ["processes=0", "out of range"]),
         (["bench", "plan", "rows=5"], ["'rows'", "did you mean 'bench.rows'"]),
         (["bench", "plan", "bench.rowz=5"], ["'bench.rowz'", "did you mean 'bench.rows'"]),
@@ -268,6 +273,23 @@ def test_an_experiments_values_for_another_class_fall_away(chosen, stays, falls,
     preflight(config, ranks=1)
     assert {key: OmegaConf.select(config, key) for key in stays} == stays
     assert OmegaConf.select(config, falls) is None
+
+
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+def test_so_they_do_where_a_choice_goes_elsewhere(scale):
+    """A field that an experiment chooses: what it sets of it stays as far as the field's own class takes it."""
+    of = ["experiment=rdm/text_768", f"scale={scale}", SOURCE, *["first_stage.folder=/x"] * (scale == "full")]
+    chosen = ["field@data.fields.neighbours=neighbour_captions", "+where@data.sources.photos=imagenet_dogs"]
+    before, after = (compose("train", [*of, *more]) for more in ([], chosen))
+    assert before.data.fields.neighbours.query is True
+    assert after.data.fields.neighbours == {
+        "_target_": "data.retrieval.field.NeighbourCaptions",
+        "database": "openimages",
+        "k": 11,
+        "column": "neighbours",
+        "most_similar": None,
+    }
+    assert after.data.sources.photos.shards == before.data.sources.photos.shards
 
 
 def test_tiny_gives_buckets_that_the_command_line_may_change():

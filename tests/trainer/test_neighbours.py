@@ -16,6 +16,7 @@ from data.retrieval.field import Neighbours
 from data.store import Store
 from data.transforms import Geometry
 from models.initialization import parameter_generator
+from tests.data.curation.tiny_models import save_clip
 from tests.data.retrieval.vectors import clustered, save_database, save_index, write_neighbours
 from tests.trainer.jobs import resumed_as_whole, train_on
 from tests.trainer.task_tars import write_task_tars
@@ -61,7 +62,7 @@ def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: s
     resumed_as_whole(run, folder, engine)
     assert (folder / "runs" / engine / "samples/step_00000004.png").stat().st_size > 500
 
-    arguments = [f"source={folder}/runs/{engine}", f"out={folder}/out", "sampler.steps=2"]
+    arguments = [f"source={folder}/runs/{engine}", f"out={folder}/out", "sampler.steps=2", "guidance.scale=4"]
     pictures = []
     for given in (["[3, 17, 5, 8]"], ["[3, 17, 5]"], ["[3, 17, 5, 8]", f"database={folder}/other"]):
         fields = f"fields.neighbours=['{given[0]}']"
@@ -78,6 +79,35 @@ def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: s
     again = [f"seed={drawn[2].text['seed']}", f"fields.neighbours=['{drawn[2].text['neighbours']}']"]
     assert cli.execute(["sample", *arguments, *again]) == 0, capsys.readouterr().err
     assert np.array_equal(np.asarray(drawn[2]), np.asarray(Image.open(folder / "out" / "00000.png")))
+
+
+@pytest.mark.parametrize("kind", ["pictures", pytest.param("captions", marks=pytest.mark.slow)])
+def test_pictures_and_captions_of_neighbours_are_trained_with_like_embeddings(
+    folder: Path, tmp_path, kind: str, capsys
+):
+    """On two ranks, resumed, on one, with a CLIP's database that `millrace retrieve` made."""
+    clip, shards = save_clip(tmp_path / "clip"), f"{folder}/tars"
+    retrieve = [f"database={tmp_path}/database", f"shards={shards}", f"neighbours_of={shards}", f"column={kind}"]
+    retrieve += ["k=6", f"embedding.model={clip}", "log.wandb=null", f"runs={tmp_path}/runs"]
+    assert cli.execute(["retrieve", *retrieve]) == 0, capsys.readouterr().err
+    field = [f"database={tmp_path}/database", f"column={kind}", "k=2", "most_similar=0.9999"]
+    more = [f"field@data.fields.neighbours=neighbour_{kind}", *(f"data.fields.neighbours.{one}" for one in field)]
+    more += [f"conditioner=neighbour_{kind}", f"conditioner.encoders.0.encoder.model={clip}"]
+    more += ["conditioner.encoders.0.k=2", f"model.cross_attention_dim={12 if kind == 'captions' else 10}"]
+    more += ["objective.caption_dropout=0.5"]
+    if kind == "captions":
+        of_folder = ("length=12", "subfolder=''", "tokenizer_subfolder=''")
+        more += [f"conditioner.encoders.0.encoder.{one}" for one in of_folder]
+
+    def trained(world: int, folder: Path, name: str, *overrides: str) -> list[dict]:
+        given = [f"name={name}", f"data.sources.drawn.shards={shards}", *more, *overrides]
+        return train_on(world, folder, *given, small=["experiment=rdm/imagenet", *TINY], timeout_s=900)
+
+    resumed_as_whole(trained, tmp_path, "fsdp")
+    job = [f"source={tmp_path}/runs/fsdp", "sampler.steps=2", f"out={tmp_path}/out"]
+    assert cli.execute(["sample", *job, "fields.neighbours=['a red circle', '[3, 17]']"]) == 0, capsys.readouterr().err
+    first, second = (np.asarray(Image.open(tmp_path / "out" / f"0000{i}.png"), int) for i in range(2))
+    assert np.abs(first - second).max() > 0
 
 
 def origin(ids: list[int], similarities: list[float]) -> Origin:

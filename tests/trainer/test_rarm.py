@@ -40,7 +40,7 @@ def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: s
     assert whole[-1]["val/loss"] > 0 and (folder / "runs" / engine / "samples/step_00000004.png").stat().st_size > 500
 
     def sampled(*overrides: str) -> np.ndarray:
-        arguments = [f"source={folder}/runs/{engine}", f"out={folder}/out", "guidance=none"]
+        arguments = [f"source={folder}/runs/{engine}", f"out={folder}/out"]
         assert cli.execute(["sample", *arguments, *overrides]) == 0, capsys.readouterr().err
         return np.asarray(Image.open(folder / "out" / "00000.png"), dtype=int)
 
@@ -52,7 +52,11 @@ def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: s
     )
     assert sampled("seed=1", "neighbours.top_m=1", "sampler=codes", "sampler.top_p=0.5").shape == (16, 16, 3)
     told = Image.open(folder / "out" / "00000.png").text
-    assert told["sampler"] == "CodeSampler" and told["top_p"] == "0.5" and told["neighbours"].startswith("~")
+    assert (
+        (told["sampler"], told["guidance"]) == ("CodeSampler", "1.0")
+        and told["top_p"] == "0.5"
+        and told["neighbours"].startswith("~")
+    )
     for refused, reason in ((["image=a.png"], "image: "), (["sampler=ddim"], "sampler: DDIM does not go with")):
         Image.new("RGB", (16, 16)).save(folder / "a.png")
         arguments = [f"source={folder}/runs/{engine}", "fields.neighbours=['[3]']", f"out={folder}/out", *refused]

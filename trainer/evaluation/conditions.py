@@ -1,6 +1,10 @@
-"""What pictures are drawn of where captions do not tell it: classes, boxes, maps and pictures of samples."""
+"""What pictures are drawn of where captions do not tell it: classes, boxes, maps, pictures and neighbours of samples;
+or neighbours of captions and of entries of a database.
+"""
 
 import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -8,6 +12,7 @@ from data.reader import BadSliceError
 from data.tars import TarSplit
 from models.conditioner import Conditioner
 from trainer.evaluation.pictures import Asked
+from trainer.sample_neighbours import NeighbourReader
 from trainer.sampling import Picture
 from trainer.validation import validation_samples
 
@@ -25,7 +30,57 @@ def read_of_samples(conditioner: nn.Module) -> list[str]:
     return sorted((conditioner.reads | maps) - {"captions"})
 
 
-class SampleConditions:
+class Conditions(ABC):
+    """Pictures to draw under more than captions."""
+
+    @abstractmethod
+    def asked(self) -> list[Asked]:
+        """Sizes of all pictures, and captions as far as they are known before a picture is drawn."""
+
+    @abstractmethod
+    def picture(self, number: int, seed: int) -> Picture:
+        """The picture of a number.
+
+        Raises:
+            ValueError: what it is drawn of cannot be read.
+        """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of all that pictures depend on, beside numbers, seeds and what `asked` tells."""
+
+
+class NeighbourConditions(Conditions):
+    """Pictures to draw of neighbours in a database: of their captions, looked for by its CLIP; or each of an entry's
+    that its seed draws, a pseudo-query (Blattmann et al. 2022, arXiv 2204.11824, section 3.3).
+
+    Args:
+        asked: captions and sizes.
+        reader: of neighbours.
+        drawn: entries, instead of captions.
+    """
+
+    def __init__(self, asked: Sequence[Asked], reader: NeighbourReader, drawn: bool) -> None:
+        self._asked, self._reader, self._drawn = list(asked), reader, drawn
+
+    def asked(self) -> list[Asked]:
+        return self._asked
+
+    def picture(self, number: int, seed: int) -> Picture:
+        one, kinds = self._asked[number], self._reader.fields
+        size = one.height, one.width
+        queries = self._reader.drawn(seed) if self._drawn else dict.fromkeys(kinds, one.prompt)
+        fields = {name: kind.given(queries[name], size) for name, kind in kinds.items()}
+        return Picture(one.prompt, seed, *size, fields=fields)
+
+    @property
+    def fingerprint(self) -> str:
+        told = [f"{name} {kind.opened.fingerprint}" for name, kind in self._reader.fields.items()]
+        return " ".join([f"drawn={self._drawn}", *told])
+
+
+class SampleConditions(Conditions):
     """Pictures to draw, each under what a sample comes with, whose own picture the drawn one is to be like.
 
     Args:
@@ -39,18 +94,13 @@ class SampleConditions:
         self._reader = split.reader(_SEED, crop="center", flip=False, encoded=False)
 
     def asked(self) -> list[Asked]:
-        """Sizes of all pictures; captions are read when they are drawn."""
         buckets = [self._split.buckets[planned.bucket] for planned in self._samples]
         return [
             Asked("", buckets[i % len(buckets)].height, buckets[i % len(buckets)].width) for i in range(self._count)
         ]
 
     def picture(self, number: int, seed: int) -> Picture:
-        """The picture of a number. A sample that cannot be read gives way to the next of its size.
-
-        Raises:
-            ValueError: none of them can be read.
-        """
+        """See `Conditions.picture`. A sample that cannot be read gives way to the next of its size, if there is one."""
         first = number % len(self._samples)
         bucket = self._samples[first].bucket
         for planned in self._samples[first:] + self._samples[:first]:
@@ -67,5 +117,4 @@ class SampleConditions:
 
     @property
     def fingerprint(self) -> str:
-        """Of the samples and their order."""
         return " ".join(selection.fingerprint for selection in self._split.selections.values())

@@ -18,10 +18,11 @@ from data.store import redact
 from data.tars import TarData
 from models.conditioner import Conditioner
 from trainer.distributed import World, first_on_node
-from trainer.evaluation.conditions import SampleConditions, read_of_samples
+from trainer.evaluation.conditions import Conditions, NeighbourConditions, SampleConditions, read_of_samples
 from trainer.evaluation.distributions import read_statistics
 from trainer.evaluation.pictures import Asked, FolderPictures, TarPictures, one_size, single_bucket
 from trainer.loading import Loaded, LoadedFirstStage, load_first_stage, load_model
+from trainer.sample_neighbours import NeighbourReader
 
 Model = Loaded | LoadedFirstStage
 
@@ -95,29 +96,40 @@ def open_reference(
     )
 
 
-def open_conditions(
-    config: Any, model: Loaded, buckets: Buckets, reference: Any, world: World
-) -> SampleConditions | None:
+def open_conditions(config: Any, model: Loaded, buckets: Buckets, reference: Any, world: World) -> Conditions | None:
     """What is drawn by a model that reads more of samples than captions: what the reference's samples come with, in
-    fields as the model was trained with, or the run's held-out ones; None of other models.
+    fields as the model was trained with, or the run's held-out ones; neighbours of other queries; None of other models.
 
     Raises:
-        ConfigError: there are no such samples.
+        ConfigError: there are no such samples; or no neighbours to be asked for, or more than these.
     """
     conditioner: Any = model.networks["conditioner"]
     names = read_of_samples(conditioner)
     given = bool(config.prompts) or config.prompts_file is not None
+    reader = NeighbourReader(config, model)
+    if config.queries != "samples":
+        if not reader.fields or set(names) != set(reader.fields):
+            read = ", ".join(set(names) - set(reader.fields)) or "no neighbours"
+            raise ConfigError(f"queries={config.queries}: {model.source} reads {read}; leave it out.")
+        if config.queries == "captions" or "captions" in conditioner.reads:
+            asked = open_prompts(config, model, buckets, reference)
+        else:
+            asked = _nothing(config, buckets, reference)
+        return NeighbourConditions(asked, reader, config.queries == "drawn")
     if not names or (given and "captions" in conditioner.reads):
         return None
     if given:
         raise ConfigError(
-            f"prompts: {model.source} reads {', '.join(names)} of samples, and no captions; leave it out."
+            f"prompts: {model.source} reads {', '.join(names)} of samples, and no captions; leave it out"
+            f"{', or add queries=captions' if set(names) == set(reader.fields) else ''}."
         )
     split: Split = "train"
     if isinstance(reference, TarPictures) and config.reference is not None:
-        data = _tars("reference", listed(config.reference), config, dict(model.fields))
+        data = _tars("reference", listed(config.reference), config, dict(model.fields) | reader.fields)
     elif "data" in model.config and (data := build(model.config["data"])).holdout:
         split = "validation"
+        for of_sources in (data.fields, *(source.fields for source in data.sources.values())):
+            of_sources |= {name: reader.as_asked(name, of_sources[name]) for name in reader.fields.keys() & of_sources}
     else:
         raise ConfigError(f"reference: {model.source} reads {', '.join(names)} of samples; give tars of such samples.")
     count = config.samples or (reference.count if isinstance(reference, TarPictures | FolderPictures) else None)
@@ -133,7 +145,7 @@ def open_prompts(config: Any, model: Loaded, buckets: Buckets, reference: Any) -
     """
     conditioner = model.networks["conditioner"]
     if isinstance(conditioner, Conditioner) and conditioner.parts == 0 and config.samples is not None:
-        return [Asked("", buckets[0].height, buckets[0].width)] * config.samples
+        return _nothing(config, buckets, reference)
     prompts = list(config.prompts)
     if config.prompts_file is not None:
         prompts += [line.strip() for line in Path(config.prompts_file).read_text().splitlines() if line.strip()]
@@ -147,13 +159,21 @@ def open_prompts(config: Any, model: Loaded, buckets: Buckets, reference: Any) -
     return reference.asked(config.samples or reference.count)
 
 
+def _nothing(config: Any, buckets: Buckets, reference: Any) -> list[Asked]:
+    """So many pictures of which nothing is asked: as many as `samples` says, or as the reference has."""
+    count = config.samples or (reference.count if isinstance(reference, TarPictures | FolderPictures) else None)
+    if count is None:
+        raise ConfigError("samples: say how many pictures are to be drawn; a file of statistics does not tell.")
+    return [Asked("", buckets[0].height, buckets[0].width)] * count
+
+
 def digest(value: Any) -> str:
     """16 hex digits of anything that JSON takes."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identity_of_pictures(
-    config: Any, model: Model | None, asked: Sequence[Asked], conditions: SampleConditions | None
+    config: Any, model: Model | None, asked: Sequence[Asked], conditions: Conditions | None
 ) -> dict[str, Any]:
     """All that pictures depend on, beside how they are drawn."""
     if model is None:
@@ -164,7 +184,7 @@ def identity_of_pictures(
     told["precision"] = config.precision
     if conditions is not None:
         told["conditions"] = conditions.fingerprint
-    for key in ("sampler", "guidance"):
+    for key in ("sampler", "guidance", "neighbours"):
         told[key] = OmegaConf.to_container(config[key])
     return told
 

@@ -69,7 +69,7 @@ def folder(tmp_path_factory, model) -> Path:
     line = ["retrieve", f"embedding.model={model}", "log.wandb=null", f"runs={folder}/runs"]
     assert execute([*line, f"database={folder}/away", f"shards={folder}/blue"]) == 0
     write_neighbours(folder / "shards", Database(folder / "away"), 8)
-    own = [f"shards={folder}/shards", f"neighbours_of={folder}/shards", "neighbours=own", "k=8"]
+    own = [f"shards={folder}/shards", f"neighbours_of={folder}/shards", "column=own", "k=8"]
     assert execute([*line, f"database={folder}/own", *own]) == 0
     return folder
 

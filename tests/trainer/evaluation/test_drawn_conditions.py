@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.curation.tiny_models import save_clip
 from tests.models import tiny_pipelines
 from tests.trainer.jobs import QUICK, train_on
 from tests.trainer.task_tars import NAMES, write_task_tars
@@ -93,6 +94,48 @@ def test_nothing_is_asked_of_an_unconditional_model(home: Path, tmp_path: Path):
     given = [f"source={run}", f"reference={tmp_path}/statistics.npz", "samples=5"]
     status, pictures = evaluated(home, "unconditional", *given)
     assert status == 0 and len(kept(pictures)) == 5
+
+
+def test_neighbours_are_those_of_samples_of_captions_or_of_drawn_entries(home: Path, tmp_path: Path, capsys):
+    """Pictures are those that `millrace sample` draws of the same queries and seeds."""
+    clip, shards, database = save_clip(home / "clip"), f"{home}/tars", f"{home}/database"
+    retrieve = [f"database={database}", f"shards={shards}", f"neighbours_of={shards}"]
+    retrieve += [f"embedding.model={clip}", "k=6", "log.wandb=null", f"runs={home}/runs"]
+    assert cli.execute(["retrieve", *retrieve]) == 0, capsys.readouterr().err
+    of_width = ["conditioner.encoders.0.width=10", "model.cross_attention_dim=10"]
+    place = [f"data.sources.drawn.shards={shards}", f"data.fields.neighbours.database={database}", *of_width]
+    train_on(1, home, "name=rdm", "experiment=rdm/imagenet", *place, *TINY, small=QUICK)
+    run = home / "runs/rdm"
+    given = [f"source={run}", "neighbours.top_m=1"]
+    found = {}
+    for queries in ("samples", "captions", "drawn"):
+        status, pictures = evaluated(home, f"of_{queries}", *given, f"queries={queries}")
+        assert status == 0, capsys.readouterr().err
+        found[queries] = kept(pictures)
+    of_samples, of_captions, of_entries = found.values()
+    assert len(of_samples) == len(of_captions) == len(of_entries) > 4
+    assert all(caption for _, caption in of_captions.values()) and not any(text for _, text in of_entries.values())
+    for of in (of_captions, of_entries):
+        for number in range(4):
+            prompts = [f"prompts=['{of[number][1]}']"] if of is of_captions else []
+            assert cli.execute(["sample", *given, *prompts, f"seed={number}", f"out={home}/out"]) == 0
+            same = np.asarray(Image.open(home / "out/00000.png"), dtype=int)
+            assert np.abs(of[number][0] - same).max() <= 1
+    assert any(np.abs(of_samples[number][0] - of_captions[number][0]).max() > 1 for number in range(4))
+
+    classes = trained(home, "imagenet", "name=without")
+    for source, more, told in [
+        (
+            run,
+            ["prompts=[a cat]"],
+            "reads neighbours of samples, and no captions; leave it out, or add queries=captions",
+        ),
+        (run, ["queries=drawn", f"database={home}/nothing"], "nothing"),
+        (classes.parent / "without", ["queries=drawn"], "queries=drawn: "),
+        (classes.parent / "without", ["neighbours.k=2"], "neighbours: the model was trained without neighbours"),
+    ]:
+        assert evaluated(home, "missing", f"source={source}", *more)[0] == 2
+        assert told in capsys.readouterr().err
 
 
 def test_an_imported_pipeline_draws_captions(home: Path):
