@@ -1,5 +1,6 @@
 """Plain diffusion's losses: what is measured, of which noise, and the bound."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +8,7 @@ from conf.compose import compose
 from conf.schema import build
 from data.batch import Batch
 from data.draws import slice_draws
-from models.conditioner import Conditioner
+from models.conditioner import Conditioner, Given
 from models.densities import Uniform
 from models.first_stage import Identity
 from models.guidance import Guidance
@@ -156,3 +157,33 @@ def test_the_bound_is_estimated_in_validation():
     others = without.validation_losses(networks, batch)
     assert "bound" not in others
     assert torch.equal(others["loss"], values["loss"])
+
+
+class Keeps(nn.Module):
+    """Three encoders and one other part, of which it gives nothing but remembers what is kept."""
+
+    encoders, parts = 3, 4
+
+    def forward(self, given: Given, keep: Tensor) -> dict[str, Tensor]:
+        self.keep = keep
+        return {}
+
+
+def test_encoders_are_dropped_together_or_each_by_itself():
+    """All three in a tenth of samples under SD3's rate of 46.4 % apart; in 10 % under one rate together."""
+    n = 4000
+    batch = batch_of(n)
+    networks = {"conditioner": Keeps(), "first_stage": Identity()}
+    for options, each, all_of_them in (
+        ({"caption_dropout": 0.1}, 0.1, 0.1),
+        ({"caption_dropout": 0.464, "dropout_apart": True}, 0.464, 0.464**3),
+        ({"caption_dropout": [0.3, 0.3, 0.3]}, 0.3, 0.027),
+        ({"caption_dropout": [0.3, 0.3, 0.3, 0.0]}, 0.3, 0.027),
+    ):
+        Diffusion(PROCESS, Euler(2), Guidance(), **options).conditions(networks, batch)
+        dropped = ~networks["conditioner"].keep
+        assert dropped[:, :3].float().mean(0).tolist() == pytest.approx([each] * 3, abs=0.03)
+        assert dropped[:, :3].all(1).float().mean().item() == pytest.approx(all_of_them, abs=0.015)
+        assert not dropped[:, 3].any()
+    Diffusion(PROCESS, Euler(2), Guidance()).conditions(networks, batch, dropout=False)
+    assert networks["conditioner"].keep.all()

@@ -21,7 +21,7 @@ class Autoregression(Conditioned):
 
     Args:
         sampler, guidance: how the run's sample grids are drawn.
-        caption_dropout, train_conditioner: see `Conditioned`.
+        caption_dropout, dropout_apart, train_conditioner: see `Conditioned`.
     """
 
     def __init__(
@@ -29,9 +29,10 @@ class Autoregression(Conditioned):
         sampler: CodeSampler,
         guidance: Guidance,
         caption_dropout: float | list[float] = 0.0,
+        dropout_apart: bool = False,
         train_conditioner: bool = False,
     ) -> None:
-        super().__init__("predict", caption_dropout, train_conditioner)
+        super().__init__("predict", caption_dropout, dropout_apart, train_conditioner)
         self.sampler, self.guidance = sampler, guidance
 
     def losses(self, phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:

@@ -21,9 +21,11 @@ class Conditioned(Objective):
 
     Args:
         phase: its name.
-        caption_dropout: probability with which each of the conditioner's encoders is dropped from a sample, of all
-            independently; one number for all or one for each (SD3 drops each of three in 46.4 % of samples, arXiv
-            2403.03206). Further numbers are for the conditioner's sizes and maps, which else are never dropped.
+        caption_dropout: probability with which the conditioner's encoders are dropped from a sample, all together; or
+            a number for each, of all independently. Further numbers are for the conditioner's sizes and maps, which
+            else are never dropped.
+        dropout_apart: drop each encoder independently where there is one number, too (SD3 drops each of three in 46.4 %
+            of samples, and so all in a tenth, arXiv 2403.03206).
         train_conditioner: whether the conditioner's weights are learned with the denoiser's.
     """
 
@@ -31,11 +33,14 @@ class Conditioned(Objective):
     reads_encodings = True
     draws_prompts = True
 
-    def __init__(self, phase: str, caption_dropout: float | list[float], train_conditioner: bool) -> None:
+    def __init__(
+        self, phase: str, caption_dropout: float | list[float], dropout_apart: bool, train_conditioner: bool
+    ) -> None:
         rates = caption_dropout if isinstance(caption_dropout, list) else [caption_dropout]
         if not all(0 <= rate <= 1 for rate in rates):
             raise ValueError(f"objective.caption_dropout is {caption_dropout}; it takes probabilities, from 0 to 1")
         self.caption_dropout = caption_dropout
+        self._drawn_apart = dropout_apart or isinstance(caption_dropout, list)
         self.phases = (Phase(phase, ("denoiser", "conditioner") if train_conditioner else ("denoiser",)),)
 
     def flops(self, networks: Mapping[str, nn.Module], shape: Bucket) -> float:
@@ -52,7 +57,8 @@ class Conditioned(Objective):
         keep = torch.ones(len(batch), parts, dtype=torch.bool)
         rates = self._rates(encoders, parts - encoders)
         if dropout and rates:
-            keep[:, : len(rates)] = batch.draws.uniform("caption dropout", (len(rates),)) >= torch.tensor(rates)
+            drawn = batch.draws.uniform("caption dropout", (len(rates) if self._drawn_apart else 1,))
+            keep[:, : len(rates)] = drawn >= torch.tensor(rates)
         return conditioner(given_of(batch, networks["first_stage"]), keep)
 
     def check_encoders(self, encoders: int, others: int = 0) -> None:

@@ -24,7 +24,7 @@ class Diffusion(Conditioned):
     Args:
         process: noising path, parameterization, density of times and weight.
         sampler, guidance: how the run's sample grids are drawn.
-        caption_dropout, train_conditioner: see `Conditioned`.
+        caption_dropout, dropout_apart, train_conditioner: see `Conditioned`.
         error: of the prediction, "squared", or "absolute" (latent diffusion's L1).
         offset_noise: strength of a further noise that is one number for each of a sample's channels: then a network can
             learn to change a picture's brightness. SDXL: 0.05.
@@ -40,13 +40,14 @@ class Diffusion(Conditioned):
         sampler: Sampler,
         guidance: Guidance,
         caption_dropout: float | list[float] = 0.1,
+        dropout_apart: bool = False,
         validation_times: int = 8,
         error: Literal["squared", "absolute"] = "squared",
         train_conditioner: bool = False,
         offset_noise: float = 0.0,
         bound_steps: int | None = None,
     ):
-        super().__init__("denoise", caption_dropout, train_conditioner)
+        super().__init__("denoise", caption_dropout, dropout_apart, train_conditioner)
         if validation_times < 1:
             raise ValueError(f"objective.validation_times is {validation_times}; it must be at least 1")
         if offset_noise < 0:
