@@ -183,6 +183,13 @@ class LearnedEncoder(Encoder):
     def init_buffers(self) -> None:
         """There are none, unless a class says otherwise."""
 
+    def check_folder(self) -> None:
+        """Whether the folder that `init_parameter` reads, if there is one, holds such an encoder.
+
+        Raises:
+            ValueError: it does not.
+        """
+
     def null(self) -> Outputs:
         """Of `nothing`."""
         return self(self._nothing())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from models.conditioner import ConditionMap, Encoder, Given, LearnedEncoder, Outputs
+from models.pretrained import ComponentFolder
 
 
 class ClassEncoder(LearnedEncoder):
@@ -25,13 +26,15 @@ class ClassEncoder(LearnedEncoder):
         classes: their number.
         width: features of a token.
         field: of the samples, with class numbers from 0.
+        folder: with the tokens that it starts from, as `millrace import` writes them; where they have none for no
+            class, it is zeros. None draws them at random.
     """
 
     length, pooled_width = 1, 0
 
-    def __init__(self, classes: int = 1000, width: int = 512, field: str = "class") -> None:
+    def __init__(self, classes: int = 1000, width: int = 512, field: str = "class", folder: str | None = None) -> None:
         super().__init__()
-        self.reads, self.nothing, self.width = field, classes, width
+        self.reads, self.nothing, self.width, self.folder = field, classes, width, folder
         self.embedding = nn.Embedding(classes + 1, width)
 
     def forward(self, inputs: Tensor) -> Outputs:
@@ -39,9 +42,32 @@ class ClassEncoder(LearnedEncoder):
         return tokens, tokens.new_zeros(len(tokens), 0)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Standard normal, as torch's own embeddings, with which the paper's started."""
+        """From the folder if there is one; else standard normal, as torch's own embeddings, with which the paper's
+        started.
+
+        Raises:
+            ValueError: the folder holds tokens of another number or width.
+        """
         with torch.no_grad():
-            tensor.normal_(generator=generator)
+            if self.folder is None:
+                tensor.normal_(generator=generator)
+                return
+            self.check_folder()
+            kept = ComponentFolder(self.folder).read(name)
+            tensor.zero_()[: len(kept)].copy_(kept)
+
+    def check_folder(self) -> None:
+        """See `LearnedEncoder.check_folder`."""
+        if self.folder is None:
+            return
+        folder, name = ComponentFolder(self.folder), "embedding.weight"
+        if name not in folder.names:
+            raise ValueError(f"{folder.path} lacks {name}")
+        if folder.shape(name) not in [(self.nothing + none, self.width) for none in (0, 1)]:
+            raise ValueError(
+                f"{folder.path}: {name} is {folder.shape(name)}, where {self.nothing} classes of width {self.width} are"
+                " told"
+            )
 
 
 class NeighbourEncoder(Encoder):

@@ -42,6 +42,11 @@ class PipelineFolder:
         """The denoiser's component: "transformer" or "unet"."""
         return "transformer" if "transformer" in self.components else "unet"
 
+    @property
+    def autoencoder(self) -> str:
+        """The first stage's component: "vae", or "vqvae" of latent diffusion's pipelines, whatever it is of the two."""
+        return "vqvae" if "vqvae" in self.components else "vae"
+
     def config(self, component: str) -> dict[str, Any]:
         """A component's configuration, whatever its file is called; {} where it has none."""
         for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
@@ -51,7 +56,7 @@ class PipelineFolder:
 
     def tensors(self, component: str) -> "ComponentTensors | TextModel":
         """A network's tensors, by diffusers' or transformers' names."""
-        if component.startswith("text_encoder"):
+        if is_text(component):
             return TextModel(self.path / component)
         return ComponentTensors(self.path / component)
 
@@ -109,4 +114,21 @@ class TextModel:
 
 def stem_of(component: str) -> str:
     """How a component's files of weights begin."""
-    return TRANSFORMERS_STEM if component.startswith("text_encoder") else STEM
+    return TRANSFORMERS_STEM if is_text(component) else STEM
+
+
+def is_network(component: str) -> bool:
+    """Whether a component of the pipelines that are known holds weights that count."""
+    return component in ("unet", "transformer", "vae", "vqvae", "class_embedder") or is_text(component)
+
+
+def tokenizer_of(component: str) -> str | None:
+    """The component of a text encoder's tokenizer; None: it is none."""
+    if not is_text(component):
+        return None
+    return "tokenizer" if component == "bert" else component.replace("text_encoder", "tokenizer")
+
+
+def is_text(component: str) -> bool:
+    """Whether a component is a text encoder, which transformers' classes write: latent diffusion's own is "bert"."""
+    return component.startswith("text_encoder") or component == "bert"

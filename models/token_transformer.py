@@ -10,14 +10,16 @@ width 1,280, over the tokens of BERT; for layouts 16 layers of width 512. Text's
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.conditioner import LearnedEncoder, Outputs
+from models.pipeline_folder import TRANSFORMERS_STEM
+from models.tensor_files import SafetensorsFiles, open_stem
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-"
@@ -110,6 +112,24 @@ class TransformerEncoder(LearnedEncoder):
         states = self.model(tokens).float()
         return states, states.new_zeros(len(states), 0)
 
+    def ldm_bert_config(self) -> dict[str, Any]:
+        """Of an `LDMBertModel` with these weights."""
+        attention: Any = self.model.layers[0].self_attn
+        inner, width = attention.q_proj.weight.shape
+        return {
+            "architectures": ["LDMBertModel"],
+            "model_type": "ldmbert",
+            "vocab_size": self.model.embed_tokens.num_embeddings,
+            "max_position_embeddings": self.length,
+            "encoder_layers": len(self.model.layers),
+            "encoder_ffn_dim": 4 * width,
+            "encoder_attention_heads": attention.heads,
+            "head_dim": inner // attention.heads,
+            "d_model": width,
+            "activation_function": "gelu",
+            "pad_token_id": 0,
+        }
+
     @abstractmethod
     def blank_tokens(self, n: int) -> Tensor:
         """Tokens (n, length) of n samples that stand for none, made without reading anything."""
@@ -133,6 +153,11 @@ class TransformerEncoder(LearnedEncoder):
             else:  # torch's own for linear layers, with which the paper's started
                 bound = tensor.shape[1] ** -0.5
                 tensor.uniform_(-bound, bound, generator=generator)
+
+    def check_folder(self) -> None:
+        """See `LearnedEncoder.check_folder`."""
+        for name, parameter in self.named_parameters() if self.folder is not None else ():
+            self._weights.check(name, parameter.shape)
 
     @cached_property
     def _weights(self) -> "_BertFolder":
@@ -203,16 +228,17 @@ class _BertFolder:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        try:
-            self.file: Any = safe_open(f"{folder}/model.safetensors", framework="pt")
-        except OSError as error:
-            raise ValueError(f"{folder!r} holds no model.safetensors of an LDMBertModel: {error}") from error
+        self.files: SafetensorsFiles = open_stem(Path(folder), TRANSFORMERS_STEM)
+        self.names = set(self.files.names())
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """Whether there is a tensor of that name and shape."""
+        if name not in self.names:
+            raise ValueError(f"{self.folder!r} is no LDMBertModel: it lacks {name}")
+        if (own := self.files.meta(name).shape) != tuple(shape):
+            raise ValueError(f"{self.folder!r}: {name} is {own}, not {tuple(shape)}")
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         """The tensor of that name, which must have that shape."""
-        if name not in self.file.keys():  # noqa: SIM118
-            raise ValueError(f"{self.folder!r} is no LDMBertModel: it lacks {name}")
-        tensor = self.file.get_tensor(name)
-        if tensor.shape != shape:
-            raise ValueError(f"{self.folder!r}: {name} is {tuple(tensor.shape)}, not {tuple(shape)}")
-        return tensor
+        self.check(name, shape)
+        return self.files.read(name)

@@ -4,6 +4,7 @@ the authors' layout."""
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,22 @@ from models.clip import CLIP
 from models.first_stage import FirstStage
 from models.lora import DENOISER, save_adapters
 from models.original.checkpoint import family_of, to_original
-from models.pipeline_folder import INDEX, TRANSFORMERS_STEM, ComponentTensors, PipelineFolder, stem_of
+from models.original.configs import scaled_linear_betas
+from models.pipeline_folder import (
+    INDEX,
+    TRANSFORMERS_STEM,
+    ComponentTensors,
+    PipelineFolder,
+    is_network,
+    stem_of,
+    tokenizer_of,
+)
 from models.pretrained import DIFFUSERS_VERSION, STEM, ComponentFolder, Pretrained, save
 from models.tensor_files import Meta, write_file, write_json, write_stem
 from models.text import TextEncoder, published_name
+from models.token_transformer import BertTextEncoder, TransformerEncoder
 from models.vq import VQModel
-from tools.importing import converted, is_network, rewrite
+from tools.importing import converted, rewrite
 from trainer.checkpoint import load_weights
 from trainer.engines.networks import prepare_frozen
 from trainer.loading import (
@@ -37,8 +48,9 @@ from trainer.loading import (
     merge_adapters,
 )
 from trainer.networks import adapter_base
+from trainer.pipelines import autoencoder_of
 from trainer.published import INDEX as ENTRIES
-from trainer.published import TEXT_ENCODERS, pipeline_of, scheduler_of
+from trainer.published import TEXT_ENCODERS, beyond_diffusers, pipeline_of, scheduler_of
 
 
 @dataclass
@@ -174,21 +186,24 @@ def _write_model(loaded: Loaded, folder: Path, config: Any) -> list[str]:
     if before is not None and before.components.get(part) == denoiser.diffusers_class:
         denoiser.config = {**before.config(part), **denoiser.config}
     _save(denoiser, folder / part, config)
+    first = "vqvae" if kind is not None and kind.startswith("LDM") else "vae"
     if autoencoder is not None:
-        _save(autoencoder, folder / "vae", config)
+        _save(autoencoder, folder / first, config)
+    notes = beyond_diffusers(kind, denoiser.config)
     if kind is None:
-        notes = [f"Not a pipeline, but components alone, without text encoders and scheduler: {reason}."]
-        if denoiser.config.get("attention_heads") is not None:
-            notes.append("diffusers cannot tell attention_heads: its class would attend in other heads than this UNet.")
-        return notes
+        return [f"Not a pipeline, but components alone, without text encoders and scheduler: {reason}.", *notes]
 
-    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION, **ENTRIES[kind]}
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION, **ENTRIES.get(kind, {})}
     if "XL" in kind:
         index["force_zeros_for_empty_prompt"] = conditioner.dropped == "zeros"
     index[part] = ["diffusers", denoiser.diffusers_class]
-    index["vae"] = ["diffusers", autoencoder.diffusers_class]
+    index[first] = ["diffusers", autoencoder.diffusers_class]
     for name, encoder in zip(TEXT_ENCODERS[kind], conditioner.numbered(), strict=True):
-        tokenizer = name.replace("text_encoder", "tokenizer")
+        if encoder.learned:
+            index |= _save_learned(encoder, folder, name, config)
+            continue
+        tokenizer = tokenizer_of(name)
+        assert tokenizer is not None
         index[name] = index[tokenizer] = [None, None]
         if isinstance(encoder, TextEncoder):
             index[name], index[tokenizer] = _save_text(encoder, folder, name, tokenizer, config)
@@ -197,7 +212,7 @@ def _write_model(loaded: Loaded, folder: Path, config: Any) -> list[str]:
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     write_json(folder / INDEX, index)
-    return []
+    return notes
 
 
 def _autoencoder(loaded: Loaded) -> Any:
@@ -249,6 +264,24 @@ def _save_text(
     return ["transformers", type(model).__name__], ["transformers", type(encoder.tokenizer).__name__]
 
 
+def _save_learned(encoder: Any, folder: Path, name: str, config: Any) -> dict[str, Any]:
+    """An encoder of latent diffusion that was trained with the denoiser, and its tokenizer; returns their entries of
+    model_index.json."""
+    state = dict(encoder.named_parameters())
+    layout = {key: converted(Meta(t.dtype, tuple(t.shape)), config.dtype) for key, t in state.items()}
+    write_stem(folder / name, stem_of(name), layout, state.items(), config.shard_bytes)
+    if not isinstance(encoder, TransformerEncoder):
+        told = {"_class_name": "ClassEmbedder", "classes": encoder.nothing, "width": encoder.width}
+        write_json(folder / name / "config.json", told)
+        return {name: ["millrace", "ClassEmbedder"]}
+    write_json(folder / name / "config.json", encoder.ldm_bert_config())
+    index: dict[str, Any] = {name: ["latent_diffusion", "LDMBertModel"]}
+    if isinstance(encoder, BertTextEncoder):
+        encoder.tokenizer.save_pretrained(folder / "tokenizer")
+        index["tokenizer"] = ["transformers", type(encoder.tokenizer).__name__]
+    return index
+
+
 def _write_single(folder: Path, out: Path) -> list[str]:
     """The folder's networks as one file in the authors' layout."""
     if not (folder / INDEX).is_file():
@@ -259,6 +292,14 @@ def _write_single(folder: Path, out: Path) -> list[str]:
     layout, tensors, left_out = to_original(
         kind, {name: pipeline.tensors(name) for name in parts}, {name: pipeline.config(name) for name in parts}
     )
-    write_file(out, layout, tensors)
-    notes = ["Tokenizers and scheduler have no place in one file."]
+    numbers = _numbers(pipeline) if kind.startswith("ldm") else {}
+    layout |= {name: Meta(tensor.dtype, tuple(tensor.shape)) for name, tensor in numbers.items()}
+    write_file(out, layout, chain(tensors, numbers.items()))
+    notes = [f"Tokenizers{'' if numbers else ' and scheduler'} have no place in one file."]
     return notes + ([f"Neither have {len(left_out)} tensors, such as {left_out[0]}."] if left_out else [])
+
+
+def _numbers(pipeline: PipelineFolder) -> dict[str, Tensor]:
+    """What a file of latent diffusion holds beside its networks: the noise schedule, and what scales the latents."""
+    betas = scaled_linear_betas(pipeline.config("scheduler"))
+    return {"betas": betas, "scale_factor": torch.tensor(autoencoder_of(pipeline).config["scaling_factor"])}

@@ -12,19 +12,27 @@ import yaml
 from pydantic import PositiveFloat, PositiveInt
 
 from conf.errors import ConfigError
+from conf.schema import build
 from data.run_directory import check_name
 from models.original.checkpoint import OriginalCheckpoint, family_of
-from models.pipeline_folder import INDEX, PipelineFolder, stem_of
+from models.original.configs import scaled_linear, with_heads
+from models.pipeline_folder import INDEX, PipelineFolder, is_network, is_text, stem_of, tokenizer_of
 from models.pretrained import DIFFUSERS_VERSION, ComponentFolder
 from models.tensor_files import Meta, TensorSource, open_file, write_json, write_stem
-from trainer.pipelines import EDITING, config_of, denoiser_of
+from trainer.networks import conditioner_learns
+from trainer.pipelines import EDITED, EDITING, autoencoder_of, config_of, denoiser_of, fields_of
+from trainer.published import beyond_diffusers
 
-# Tokenizers of the published models, for files, which hold none.
+# Tokenizers of the published models' text encoders, for files, which hold none.
 _TOKENIZERS = {
-    "tokenizer": ("openai/clip-vit-large-patch14", "CLIPTokenizer"),
-    "tokenizer_2": ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "CLIPTokenizer"),
-    "tokenizer_3": ("google/t5-v1_1-xxl", "T5Tokenizer"),
+    "text_encoder": ("openai/clip-vit-large-patch14", "CLIPTokenizer"),
+    "text_encoder_2": ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "CLIPTokenizer"),
+    "text_encoder_3": ("google/t5-v1_1-xxl", "T5Tokenizer"),
+    "bert": ("google-bert/bert-base-uncased", "BertTokenizer"),
 }
+_LAYOUT_TOKENS = 8192  # of latent diffusion's transformer over boxes
+# Settings of original files, which folders tell themselves.
+_OF_FILES = ("like", "prediction", "scaling_factor", "heads", "head_channels", "classes")
 
 
 @dataclass
@@ -38,6 +46,9 @@ class Config:
     average: Literal["none", "ema"]
     prediction: Literal["epsilon", "v_prediction"] | None
     scaling_factor: PositiveFloat | None
+    heads: PositiveInt | None
+    head_channels: PositiveInt | None
+    classes: PositiveInt | None
     dtype: Literal["float32", "bfloat16", "float16"] | None
     shard_bytes: PositiveInt
 
@@ -53,7 +64,7 @@ def run(config: Any) -> None:
     partial.mkdir(parents=True)
     try:
         if source.is_dir():
-            for key in ("like", "prediction", "scaling_factor"):
+            for key in _OF_FILES:
                 if config[key] is not None:
                     raise ConfigError(f"{key}: {source} is a folder, whose own configs count; leave it out.")
             notes = _from_folder(PipelineFolder(source), partial, config)
@@ -92,9 +103,14 @@ def _check(folder: PipelineFolder) -> None:
     Raises:
         ValueError: it is not, or does not.
     """
-    config_of(folder)
-    for component in (denoiser_of(folder), ComponentFolder(folder.path / "vae")):
+    config = config_of(folder)
+    for component in (denoiser_of(folder), autoencoder_of(folder)):
         component.check(component.on_meta())
+    if conditioner_learns(config["conditioner"]):
+        with torch.device("meta"):
+            conditioner = build(config["conditioner"])
+        for encoder in conditioner.numbered():
+            encoder.check_folder()
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -108,11 +124,6 @@ def _copy(source: Path, target: Path) -> None:
             os.link(file.resolve(), target / file.name)
         except OSError:
             shutil.copyfile(file, target / file.name)
-
-
-def is_network(component: str) -> bool:
-    """Whether a component of the pipelines that are known holds weights that count."""
-    return component in ("unet", "transformer", "vae") or component.startswith("text_encoder")
 
 
 def rewrite(source: TensorSource, folder: Path, stem: str, dtype: str | None, shard_bytes: int) -> None:
@@ -141,9 +152,8 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
     family = checkpoint.family
     if not family.pipeline:
         return _autoencoder_from_file(checkpoint, target, config)
-    if config.scaling_factor is not None:
-        raise ConfigError(f"scaling_factor: {source} is of a family that has one; leave it out.")
-    kind = _kind(family.pipeline, checkpoint.components.get("unet", {}))
+    notes = _of_latent_diffusion(checkpoint, source, given, config)
+    kind = _kind(checkpoint, given)
     if like is not None and like.kind not in (kind, family.pipeline):
         raise ConfigError(f"like: {like.path} is a {like.kind}, but {source} holds a {kind}.")
     if checkpoint.kind == "sd2" and config.prediction is None and like is None:
@@ -152,11 +162,9 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
             " 512 px) or prediction=v_prediction (768 px)."
         )
     index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION, **family.index}
-    notes = []
     for name, settings in checkpoint.components.items():
         _write_component(checkpoint, name, settings, target, config)
-        text = name.startswith("text_encoder")
-        index[name] = ["transformers", settings["architectures"][0]] if text else ["diffusers", settings["_class_name"]]
+        index[name] = _class_of(name, settings)
     for name in family.components:
         if name in checkpoint.components:
             continue
@@ -168,9 +176,12 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
             notes.append("The file has no T5: captions are read by the CLIP encoders alone.")
         else:
             raise ConfigError(f"like: {source} has no {name}; give like=<a folder of a {kind} that has one>.")
-    for name in [n.replace("text_encoder", "tokenizer") for n in family.components if n.startswith("text_encoder")]:
-        index[name] = _tokenizer(name, target, like, index)
-    scheduler = dict(like.config("scheduler") if like is not None else family.scheduler)
+    for name in family.components:
+        if (own := tokenizer_of(name)) is not None and kind != "LDMLayoutPipeline":
+            index[own] = (
+                [None, None] if index[name] == [None, None] else _tokenizer(own, _TOKENIZERS[name], target, like)
+            )
+    scheduler = dict(like.config("scheduler")) if like is not None else _scheduler(checkpoint, source)
     if config.prediction is not None:
         scheduler["prediction_type"] = config.prediction
     write_json(target / "scheduler" / "scheduler_config.json", scheduler)
@@ -192,8 +203,8 @@ def _write_component(
 
 def _autoencoder_from_file(checkpoint: OriginalCheckpoint, target: Path, config: Any) -> list[str]:
     """The one component of a file of an autoencoder alone."""
-    for key in ("like", "prediction"):
-        if config[key] is not None:
+    for key in _OF_FILES:
+        if key != "scaling_factor" and config[key] is not None:
             raise ConfigError(f"{key}: {config.source} holds an autoencoder alone; leave it out.")
     (name, settings), *_ = checkpoint.components.items()
     if config.scaling_factor is not None:
@@ -209,28 +220,106 @@ def _autoencoder_from_file(checkpoint: OriginalCheckpoint, target: Path, config:
     return []
 
 
-def _kind(pipeline: str, unet: Mapping[str, Any]) -> str:
-    """The pipeline of a UNet in the place of the family's own: what lies beside its latent tells them apart."""
-    beside = unet.get("in_channels", 0) - unet.get("out_channels", 0)
+def _of_latent_diffusion(
+    checkpoint: OriginalCheckpoint, source: Path, given: Mapping[str, Any], config: Any
+) -> list[str]:
+    """Complete the configurations of latent diffusion's components by what their weights do not tell.
+
+    Raises:
+        ConfigError: it is nowhere told, or told of another family, which has it.
+    """
+    told = [key for key in ("scaling_factor", "heads", "head_channels", "classes") if config[key] is not None]
+    if not checkpoint.kind.startswith("ldm"):
+        if told:
+            raise ConfigError(f"{told[0]}: {source} is of a family that has one; leave it out.")
+        return []
+    notes, components = [], checkpoint.components
+    if "unet" in components and "unet" not in given:
+        unet = components["unet"]
+        if config.heads is not None or config.head_channels is not None:
+            if config.heads is not None and config.head_channels is not None:
+                raise ConfigError("head_channels: heads tells the same; leave one of them out.")
+            unet.pop("attention_heads", None)
+            unet |= with_heads(unet, config.heads, config.head_channels or 0)
+        else:
+            notes.append("Its weights do not tell heads, which are those of the published models, or of 32 channels.")
+    if (first := components.get("vqvae")) is not None and "vqvae" not in given:
+        measured = checkpoint.number("scale_factor")
+        factor = config.scaling_factor or (float(measured) if measured is not None else first["scaling_factor"])
+        if factor is None:
+            raise ConfigError(f"scaling_factor: {source} does not tell how its latents are scaled (scale_factor).")
+        first["scaling_factor"] = factor
+        if "unet" in components and "unet" not in given:
+            components["unet"]["sample_size"] = 256 >> (len(first["block_out_channels"]) - 1)
+    if (embedder := components.get("class_embedder")) is not None and "class_embedder" not in given:
+        embedder["classes"] = config.classes or embedder["classes"]
+        rows = checkpoint.layout("class_embedder")["embedding.weight"].shape[0]
+        if embedder["classes"] is None:
+            raise ConfigError(f"classes: {source} has {rows} vectors: give their number without one for none, if any.")
+        if embedder["classes"] == rows:
+            notes.append("No vector of its classes stands for none: they are drawn without guidance.")
+    notes += beyond_diffusers(_kind(checkpoint, given), components.get("unet", {}))
+    if config.average == "none" and any(name.startswith("model_ema.") for name in checkpoint.unused()):
+        notes.append("It holds the average of its weights, too, which the authors sample with: average=ema.")
+    return notes
+
+
+def _scheduler(checkpoint: OriginalCheckpoint, source: Path) -> dict[str, Any]:
+    scheduler = dict(checkpoint.family.scheduler)
+    if "beta_start" in scheduler and scheduler["beta_start"] is None:
+        betas = checkpoint.number("betas")
+        if betas is None:
+            raise ConfigError(f"like: {source} does not tell its noise schedule (betas); give like=<a folder of such>.")
+        scheduler |= scaled_linear(betas)
+    return scheduler
+
+
+def _kind(checkpoint: OriginalCheckpoint, given: Mapping[str, Any]) -> str:
+    """The pipeline of a file in the place of the family's own: what lies beside its UNet's latent tells them apart, and
+    of which tokens its transformer reads.
+
+    Raises:
+        ValueError: there is no pipeline of latent diffusion with so many channels beside the latent.
+    """
+    pipeline, unet = checkpoint.family.pipeline, checkpoint.components.get("unet", {})
+    out = unet.get("out_channels", 0)
+    beside = unet.get("in_channels", 0) - out
+    if checkpoint.kind == "ldm":
+        kinds = {0: pipeline, out: "LDMSuperResolutionPipeline", out + 1: "LDMInpaintPipeline"}
+        if beside not in kinds:
+            raise ValueError(f"its UNet reads {beside} channels beside a latent of {out} (input_blocks.0.0.weight)")
+        return kinds[beside]
+    if checkpoint.kind == "ldm_text":
+        bert = checkpoint.components.get("bert") or given.get("bert", {})
+        return "LDMLayoutPipeline" if bert.get("vocab_size") == _LAYOUT_TOKENS else pipeline
     if beside <= 0 or "Img2Img" in pipeline:
         return pipeline
-    return pipeline.replace("Pipeline", "InpaintPipeline") if beside == unet["out_channels"] + 1 else EDITING
+    return pipeline.replace("Pipeline", "InpaintPipeline") if beside == out + 1 else EDITING
 
 
-def _tokenizer(name: str, target: Path, like: PipelineFolder | None, index: Mapping[str, Any]) -> list[str | None]:
-    if index.get(name.replace("tokenizer", "text_encoder")) == [None, None]:
-        return [None, None]
+def _class_of(component: str, settings: Mapping[str, Any]) -> list[str | None]:
+    """A component's entry in model_index.json."""
+    if component == "bert":
+        return ["latent_diffusion", "LDMBertModel"]
+    if component == "class_embedder":
+        return ["millrace", settings["_class_name"]]
+    return (
+        ["transformers", settings["architectures"][0]] if is_text(component) else ["diffusers", settings["_class_name"]]
+    )
+
+
+def _tokenizer(name: str, published: tuple[str, str], target: Path, like: PipelineFolder | None) -> list[str | None]:
     if like is not None:
         _copy(like.path / name, target / name)
         return like.index[name]
     from transformers import AutoTokenizer
 
-    published, kind = _TOKENIZERS[name]
+    place, kind = published
     try:
-        AutoTokenizer.from_pretrained(published).save_pretrained(target / name)
+        AutoTokenizer.from_pretrained(place).save_pretrained(target / name)
     except OSError as error:
         raise ConfigError(
-            f"like: a single file holds no tokenizer, and {published} cannot be reached; give like=<a folder of such a"
+            f"like: a single file holds no tokenizer, and {place} cannot be reached; give like=<a folder of such a"
             " pipeline>."
         ) from error
     return ["transformers", kind]
@@ -242,13 +331,15 @@ def _write_experiment(target: Path) -> None:
     folder = PipelineFolder(target.resolve())
     config: dict[str, Any] = dict(config_of(folder))
     config["init_from"] = {"path": str(folder.path), "networks": {"denoiser": folder.denoiser}}
-    for one in config["conditioner"].get("maps", []):
-        masked = one["_target_"].endswith(".MaskedPicture")
-        field = {"_target_": "data.fields.DrawnMask"}
-        if not masked:  # its text and its picture are left out now and then, as that model was trained
-            field = {"_target_": "data.fields.Picture", "member": f"{one['field']}.jpg"}
-            config["objective"] = {"caption_dropout": [0.1] * (len(config["conditioner"]["encoders"]) + 1)}
-        config["data"] = {"fields": {one["field"]: field}}
+    encoders, fields = len(config["conditioner"]["encoders"]), fields_of(folder)
+    if fields:
+        config["data"] = {"fields": fields}
+    if EDITED in fields:  # text and picture are left out now and then, as that model was trained
+        config["objective"] = {"caption_dropout": [0.1] * (encoders + 1)}
+    if not encoders:
+        config["objective"] = {"caption_dropout": 0.0}
+    if conditioner_learns(config["conditioner"]):
+        config["objective"] = {"caption_dropout": 0.1, "train_conditioner": True}
     text = yaml.safe_dump(config, sort_keys=False)
     (target / "experiment.yaml").write_text(
         f"# {folder.kind}, written by `millrace import`: millrace train experiment=<this file> data.sources...\n{text}"

@@ -22,7 +22,7 @@ from models.vq import VQModel
 from trainer.checkpoint import CheckpointError, CheckpointPolicy, load_weights, read_record
 from trainer.checkpoint.format import is_committed
 from trainer.networks import adapted, adapter_base, adapts_text, conditioner_learns
-from trainer.pipelines import config_of, denoiser_of
+from trainer.pipelines import autoencoder_of, config_of, denoiser_of, fields_of
 from trainer.published import TEXT_ENCODERS, pipeline_of
 
 # Latents' side where a network does not tell the size that it was trained at.
@@ -281,16 +281,34 @@ def _moved(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _load_pipeline(path: Path) -> Loaded:
-    """A pipeline of diffusers' that Stable Diffusion 1, 2, XL, its refiner or 3 is published as."""
+    """A pipeline that Stable Diffusion 1, 2, XL, its refiner or 3, or latent diffusion is published as."""
     folder = PipelineFolder(path)
     config = config_of(folder)
-    denoiser, autoencoder = denoiser_of(folder).load(), load(path / "vae")
-    first_stage = KLFirstStage(autoencoder)
+    denoiser, autoencoder = denoiser_of(folder).load(), autoencoder_of(folder).load()
+    first_stage = VQFirstStage(autoencoder) if isinstance(autoencoder, VQModel) else KLFirstStage(autoencoder)
     side = (denoiser.config.get("sample_size") or _SIDE) * first_stage.downsampling
     return Loaded(
-        networks={"denoiser": denoiser, "conditioner": build(config["conditioner"]), "first_stage": first_stage},
+        networks={
+            "denoiser": denoiser,
+            "conditioner": _from_folders(config["conditioner"]),
+            "first_stage": first_stage,
+        },
         process=build(config["process"]),
         config=config,
         size=(side, side),
         source=str(path),
+        fields={name: build(node) for name, node in fields_of(folder).items()},
     )
+
+
+def _from_folders(node: dict[str, Any]) -> Any:
+    """A pipeline's conditioner. One that learns with the denoiser is filled here, from folders that it names."""
+    if not conditioner_learns(node):
+        return build(node)
+    with torch.device("meta"):
+        conditioner = build(node)
+    conditioner.to_empty(device="cpu")
+    for name, parameter in conditioner.named_parameters():
+        conditioner.init_parameter(name, parameter, torch.Generator())
+    conditioner.init_buffers()
+    return conditioner

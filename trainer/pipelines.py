@@ -16,8 +16,8 @@ EDITING, EDITED = "StableDiffusionInstructPix2PixPipeline", "original"
 
 
 def config_of(folder: PipelineFolder) -> dict[str, Node]:
-    """A Stable Diffusion 1, 2, XL, refiner or 3 pipeline's "model", "first_stage", "conditioner", "process", "sampler"
-    and "guidance".
+    """What a pipeline of Stable Diffusion 1, 2, XL, its refiner or 3, or of latent diffusion gives for "model",
+    "first_stage", "conditioner", "process", "sampler" and "guidance".
 
     Raises:
         ValueError: another pipeline, or a component or setting of one that is not implemented.
@@ -28,19 +28,31 @@ def config_of(folder: PipelineFolder) -> dict[str, Node]:
             f"{folder.path} is a {folder.kind or 'pipeline of no class'}; known are {', '.join(_CONDITIONERS)}"
         )
     model = network_node(denoiser_of(folder))
-    autoencoder = network_node(ComponentFolder(folder.path / "vae"))
+    component = autoencoder_of(folder)
+    autoencoder = network_node(component)
+    kind = "VQFirstStage" if autoencoder["_target_"] == "models.vq.VQModel" else "KLFirstStage"
     return {
         "model": model,
         "first_stage": {
-            "_target_": "models.first_stage.KLFirstStage",
-            "folder": str(folder.path / "vae"),
+            "_target_": f"models.first_stage.{kind}",
+            "folder": str(component.path),
             "autoencoder": autoencoder,
         },
         "conditioner": describe(folder, model),
         "process": process_node(folder.config("scheduler")),
         "sampler": sampler_node(folder.config("scheduler")),
-        "guidance": {"_target_": "models.guidance.Guidance", "scale": 4.5},
+        "guidance": {"_target_": "models.guidance.Guidance", "scale": _guidance(folder)},
     }
+
+
+def _guidance(folder: PipelineFolder) -> float:
+    """The scale to draw with: in latent diffusion the paper's, of what has something that stands for no condition."""
+    if not folder.kind.startswith("LDM"):
+        return 4.5
+    if folder.kind == "LDMClassPipeline":
+        rows, _ = ComponentFolder(folder.path / "class_embedder").shape("embedding.weight")
+        return 1.0 if rows == folder.config("class_embedder")["classes"] else 1.5
+    return 1.5 if folder.kind == "LDMTextToImagePipeline" else 1.0
 
 
 def denoiser_of(folder: PipelineFolder) -> ComponentFolder:
@@ -51,6 +63,25 @@ def denoiser_of(folder: PipelineFolder) -> ComponentFolder:
     if beside > 0:
         component.config.setdefault("concat_channels", beside)
     return component
+
+
+def autoencoder_of(folder: PipelineFolder) -> ComponentFolder:
+    """The first stage's component. Super-resolution's pipeline leaves the latents of its own as they are."""
+    component = ComponentFolder(folder.path / folder.autoencoder)
+    if folder.kind == "LDMSuperResolutionPipeline":
+        component.config.setdefault("scaling_factor", 1.0)
+    return component
+
+
+def fields_of(folder: PipelineFolder) -> dict[str, Node]:
+    """Fields that samples of a pipeline's networks come with, as data sets of these usually have them."""
+    if folder.kind == "LDMClassPipeline":
+        return {"class": {"_target_": "data.fields.Label", "column": None, "member": "cls"}}
+    if folder.kind == "LDMLayoutPipeline":
+        return {"boxes": {"_target_": "data.fields.Boxes", "column": "boxes"}}
+    if folder.kind == EDITING:
+        return {EDITED: {"_target_": "data.fields.Picture", "member": f"{EDITED}.jpg"}}
+    return {"mask": {"_target_": "data.fields.DrawnMask"}} if "Inpaint" in folder.kind else {}
 
 
 def network_node(component: ComponentFolder) -> Node:
@@ -127,7 +158,70 @@ def _sd3(folder: PipelineFolder, model: Node) -> Node:
     return _conditioner(encoders, "empty", context_dim=width)
 
 
+def _ldm(folder: PipelineFolder, model: Node) -> Node:
+    return _conditioner([], "zeros")
+
+
+def _ldm_text(folder: PipelineFolder, model: Node) -> Node:
+    told = folder.config("bert")
+    tokenizer = {"tokenizer": str(folder.path), "tokenizer_subfolder": "tokenizer"}
+    length = {"length": told.get("max_position_embeddings", 77)}
+    return _conditioner([_bert(folder, "models.token_transformer.BertTextEncoder", tokenizer | length)], "empty")
+
+
+def _ldm_layout(folder: PipelineFolder, model: Node) -> Node:
+    objects = (folder.config("bert").get("max_position_embeddings", 92) - 2) // 3
+    return _conditioner([_bert(folder, "models.layout.LayoutEncoder", {"objects": objects})], "empty")
+
+
+def _bert(folder: PipelineFolder, target: str, more: Node) -> Node:
+    """A transformer over tokens, which learns with the denoiser.
+
+    Raises:
+        ValueError: of other activations or inner widths than ours.
+    """
+    told, path = folder.config("bert"), str(folder.path / "bert")
+    width = told.get("d_model", 1280)
+    fixed = {"activation_function": "gelu", "encoder_ffn_dim": 4 * width, "scale_embedding": False}
+    for key, value in fixed.items():
+        if told.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {told[key]!r}, but is {value!r} here")
+    sizes = {
+        "vocabulary": told.get("vocab_size", 30522),
+        "width": width,
+        "layers": told.get("encoder_layers", 32),
+        "heads": told.get("encoder_attention_heads", 8),
+        "head_dim": told.get("head_dim", 64),
+    }
+    return {"_target_": target, **more, **sizes, "folder": path}
+
+
+def _ldm_class(folder: PipelineFolder, model: Node) -> Node:
+    told = folder.config("class_embedder")
+    sizes = {"classes": told["classes"], "width": told["width"], "folder": str(folder.path / "class_embedder")}
+    return _conditioner([{"_target_": "models.conditions.ClassEncoder", **sizes}], "empty")
+
+
+def _ldm_super_resolution(folder: PipelineFolder, model: Node) -> Node:
+    # What lies beside the latent are pixels, as many: the picture's sides are divided by what the first stage divides.
+    factor = 2 ** (len(ComponentFolder(folder.path / folder.autoencoder).config["block_out_channels"]) - 1)
+    map_ = {"_target_": "models.conditions.LowResolution", "factor": factor, "noise": 0.0}
+    return _conditioner([], "zeros", maps=[map_])
+
+
+def _ldm_inpainting(folder: PipelineFolder, model: Node) -> Node:
+    masked = {"latent_channels": model["out_channels"], "field": "mask", "form": "ldm"}
+    return _conditioner([], "zeros", maps=[{"_target_": "models.conditions.MaskedPicture", **masked}])
+
+
 _CONDITIONERS: Mapping[str, Callable[[PipelineFolder, Node], Node]] = {
+    "LDMPipeline": _ldm,
+    "LDMTextToImagePipeline": _ldm_text,
+    "LDMSuperResolutionPipeline": _ldm_super_resolution,
+    # Of ours, which diffusers has no pipelines for.
+    "LDMClassPipeline": _ldm_class,
+    "LDMInpaintPipeline": _ldm_inpainting,
+    "LDMLayoutPipeline": _ldm_layout,
     "StableDiffusionPipeline": _sd,
     "StableDiffusionImg2ImgPipeline": _sd,
     "StableDiffusionInpaintPipeline": _sd,

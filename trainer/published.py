@@ -6,12 +6,20 @@ from typing import Any, Literal
 
 from models import schedules
 from models.conditioner import AbsentEncoder, Conditioner, ConditionMap, Encoder
-from models.conditions import MaskedPicture, PictureMap
+from models.conditions import ClassEncoder, LowResolution, MaskedPicture, PictureMap
+from models.layout import LayoutEncoder
 from models.text import ClipEncoder, T5Encoder
+from models.token_transformer import BertTextEncoder
 from trainer.pipelines import BETA_SCHEDULES, EDITING, PREDICTIONS
 
-# Pipelines by diffusers' class: components of the text encoders, in the conditioner's order.
-TEXT_ENCODERS = {
+# Pipelines by diffusers' class, and ours that it has none for: components of the encoders, in the conditioner's order.
+TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
+    "LDMPipeline": (),
+    "LDMSuperResolutionPipeline": (),
+    "LDMInpaintPipeline": (),
+    "LDMTextToImagePipeline": ("bert",),
+    "LDMLayoutPipeline": ("bert",),
+    "LDMClassPipeline": ("class_embedder",),
     "StableDiffusionPipeline": ("text_encoder",),
     "StableDiffusionInpaintPipeline": ("text_encoder",),
     EDITING: ("text_encoder",),
@@ -19,6 +27,13 @@ TEXT_ENCODERS = {
     "StableDiffusionXLInpaintPipeline": ("text_encoder", "text_encoder_2"),
     "StableDiffusionXLImg2ImgPipeline": ("text_encoder_2",),
     "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2", "text_encoder_3"),
+}
+OURS = {"LDMInpaintPipeline", "LDMLayoutPipeline", "LDMClassPipeline"}
+# Latent diffusion's, by the one encoder.
+_OF_LDM: Mapping[type[Encoder], str] = {
+    BertTextEncoder: "LDMTextToImagePipeline",
+    LayoutEncoder: "LDMLayoutPipeline",
+    ClassEncoder: "LDMClassPipeline",
 }
 # Stable Diffusion 1's and 2's, by what lies beside the latent.
 _OF_SD = {"nothing": "StableDiffusionPipeline", "hole": "StableDiffusionInpaintPipeline", "picture": EDITING}
@@ -44,8 +59,12 @@ INDEX: Mapping[str, Mapping[str, Any]] = {
 
 
 def pipeline_of(denoiser: Any, conditioner: Any) -> tuple[str | None, str]:
-    """diffusers' pipeline for a denoiser under a conditioner; None, and why, where there is none."""
-    if not isinstance(conditioner, Conditioner) or conditioner.learned:
+    """diffusers' pipeline for a denoiser under a conditioner, or ours; None, and why, where there is none."""
+    if not isinstance(conditioner, Conditioner):
+        return None, f"{type(conditioner).__name__} makes conditions that no pipeline of diffusers knows"
+    if (of_ldm := _of_ldm(denoiser, conditioner)) is not None:
+        return of_ldm, ""
+    if conditioner.learned:
         return None, f"{type(conditioner).__name__} makes conditions that no pipeline of diffusers knows"
     encoders, sizes, maps = conditioner.numbered(), conditioner.sizes, conditioner.map_list()
     beside = _beside(maps[0]) if len(maps) == 1 else "nothing" if not maps else None
@@ -67,6 +86,34 @@ def pipeline_of(denoiser: Any, conditioner: Any) -> tuple[str | None, str]:
             return "StableDiffusionXLImg2ImgPipeline", ""
     names = ", ".join(type(one).__name__ for one in encoders) or "no encoder"
     return None, f"diffusers has no pipeline of {kind or type(denoiser).__name__} under {names}"
+
+
+def beyond_diffusers(kind: str | None, unet: Mapping[str, Any]) -> list[str]:
+    """Sentences on what of a folder with such a pipeline and denoiser diffusers does not know."""
+    notes = []
+    if kind in OURS:
+        notes.append(f"diffusers has no pipeline of this kind: {kind} is Millrace's word, and no class of its.")
+    if unet.get("attention_heads") is not None:
+        notes.append("diffusers cannot tell attention_heads: its class would attend in other heads than this UNet.")
+    return notes
+
+
+def _of_ldm(denoiser: Any, conditioner: Conditioner) -> str | None:
+    """Latent diffusion's pipeline."""
+    encoders, maps = conditioner.numbered(), conditioner.map_list()
+    kind = getattr(denoiser, "diffusers_class", None)
+    if conditioner.sizes is not None or len(encoders) + len(maps) > 1:
+        return None
+    if encoders:
+        return _OF_LDM.get(type(encoders[0])) if kind == "UNet2DConditionModel" else None
+    if kind != "UNet2DModel":
+        return None
+    if not maps:
+        return "LDMPipeline"
+    if isinstance(maps[0], MaskedPicture) and maps[0].form == "ldm":
+        return "LDMInpaintPipeline"
+    plain = isinstance(maps[0], LowResolution) and not maps[0].noise
+    return "LDMSuperResolutionPipeline" if plain else None
 
 
 def _beside(one: ConditionMap) -> Literal["hole", "picture"] | None:

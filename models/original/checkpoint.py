@@ -1,5 +1,5 @@
-"""Whole systems in one file, in their authors' layout: Stable Diffusion 1, 2, XL, its refiner and 3; and latent
-diffusion's autoencoders alone.
+"""Whole systems in one file, in their authors' layout: Stable Diffusion 1, 2, XL, its refiner and 3; latent diffusion's
+own of text, of classes, and of pictures beside the latent or nothing; and its autoencoders alone.
 
 A family is a pipeline of diffusers' and a list of components: what tensors they begin with, how these are named
 (models/original/names.py), and what configuration follows from them (models/original/configs.py).
@@ -47,8 +47,8 @@ class Family:
     """Systems of one kind.
 
     Args:
-        pipeline: diffusers' class; "" where it is one component.
-        mark: what the name of one of the tensors begins with, in this family only.
+        pipeline: diffusers' class, or a name where it has none; "" where it is one component.
+        mark: what the name of one of the tensors begins with, in this family only; of `PLAIN`, nothing tells it.
         components: by their folder's name in a pipeline.
         scheduler: configuration of the scheduler that the published pipeline has.
         index: further entries of its model_index.json.
@@ -61,7 +61,8 @@ class Family:
     index: Mapping[str, Any]
 
 
-_UNET, _FIRST = "model.diffusion_model.", "first_stage_model."
+_UNET, _FIRST, _CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+PLAIN = "a UNet and a first stage"
 _BETAS = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -74,6 +75,8 @@ _BETAS = {
 _PNDM = {"_class_name": "PNDMScheduler", **_BETAS, "skip_prk_steps": True, "set_alpha_to_one": False}
 _DDIM = {"_class_name": "DDIMScheduler", **_BETAS, "clip_sample": False, "set_alpha_to_one": False}
 _EULER = {"_class_name": "EulerDiscreteScheduler", **_BETAS, "interpolation_type": "linear"}
+# Betas are the file's own. Published samples of latent diffusion were drawn at its DDIM sampler's steps.
+_DDIM_OF_LDM = {**_DDIM, "beta_start": None, "beta_end": None}
 _NO_CHECKER = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
 
 FAMILIES = {
@@ -142,6 +145,38 @@ FAMILIES = {
         _PNDM,
         {**_NO_CHECKER, "requires_safety_checker": False},
     ),
+    "ldm_text": Family(
+        "LDMTextToImagePipeline",
+        "cond_stage_model.transformer.token_emb.",
+        {
+            "unet": Component(_UNET, configs.unet_of_ldm, names.unet),
+            "vqvae": Component(_FIRST, configs.first_stage(0.18215), names.autoencoder),
+            "bert": Component("cond_stage_model.transformer.", configs.bert, names.bert),
+        },
+        _DDIM_OF_LDM,
+        {},
+    ),
+    "ldm_class": Family(
+        "LDMClassPipeline",
+        "cond_stage_model.embedding.",
+        {
+            "unet": Component(_UNET, configs.unet_of_ldm, names.unet),
+            "vqvae": Component(_FIRST, configs.first_stage(None), names.autoencoder),
+            "class_embedder": Component("cond_stage_model.", configs.classes, names.classes),
+        },
+        _DDIM_OF_LDM,
+        {},
+    ),
+    "ldm": Family(
+        "LDMPipeline",
+        PLAIN,
+        {
+            "unet": Component(_UNET, configs.unet_of_ldm, names.unet),
+            "vqvae": Component(_FIRST, configs.first_stage(None), names.autoencoder),
+        },
+        _DDIM_OF_LDM,
+        {},
+    ),
     "vq": Family("", "quantize.embedding.", {"vqvae": Component("", configs.vq, names.autoencoder)}, {}, {}),
     "kl": Family("", "encoder.down.", {"vae": Component("", configs.autoencoder(None), names.autoencoder)}, {}, {}),
 }
@@ -180,7 +215,7 @@ class OriginalCheckpoint:
         marked = (n for n, f in FAMILIES.items() if any(tensor.startswith(f.mark) for tensor in self._names))
         kind = next(marked, None)
         if kind is None and any(tensor.startswith(_UNET) for tensor in self._names):
-            kind = assumed
+            kind = assumed or self._plain()
             if kind is None:
                 raise ValueError(f"a checkpoint of a denoiser alone ({_UNET}...): name a pipeline like it")
         if kind is None:
@@ -197,8 +232,38 @@ class OriginalCheckpoint:
             stem = component.prefix
             shapes = {n.removeprefix(stem): self._source.meta(n).shape for n in self._names if n.startswith(stem)}
             if shapes:
-                found[name] = dict(self._given[name]) if name in self._given else component.configure(shapes)
+                found[name] = dict(self._given[name]) if name in self._given else self._configured(component, shapes)
         return found
+
+    @staticmethod
+    def _configured(component: Component, shapes: configs.Shapes) -> dict[str, Any]:
+        try:
+            return component.configure(shapes)
+        except KeyError as error:
+            raise ValueError(f"it lacks {component.prefix}{error.args[0]}") from error
+
+    def _plain(self) -> str | None:
+        """Latent diffusion's systems whose conditions, if they have any, need no weights; None: no such system.
+
+        Raises:
+            ValueError: it has a network that makes conditions, of no kind that is known, or lacks one.
+        """
+        if not any(name.startswith(_FIRST) for name in self._names):
+            return None
+        # Inpainting's encoder of the masked picture is the first stage, which the file holds twice.
+        seconds = {_CONDITION + name.removeprefix(_FIRST) for name in self._names if name.startswith(_FIRST)}
+        if more := [name for name in self._names if name.startswith(_CONDITION) and name not in seconds]:
+            raise ValueError(f"its conditions are made by {some(more)}, of no kind that is known")
+        if read := [name for name in self._names if name.startswith(_UNET) and name.endswith("attn2.to_k.weight")]:
+            raise ValueError(
+                f"its UNet reads a context ({read[0]}), and no network of the file ({_CONDITION}...) makes one: name a"
+                " pipeline like it"
+            )
+        return "ldm"
+
+    def number(self, name: str) -> Tensor | None:
+        """A tensor that belongs to no network: the noise schedule's "betas", the latents' "scale_factor"."""
+        return self._source.read(name) if name in self._names else None
 
     def layout(self, name: str) -> dict[str, Meta]:
         """Types and shapes of a component's tensors, by diffusers' names."""
@@ -221,15 +286,15 @@ class OriginalCheckpoint:
             yield left_out, torch.eye(self.components[name]["hidden_size"])
 
     def unused(self) -> list[str]:
-        """Tensors that no component takes: averages, what is for training alone, second copies."""
-        meta = torch.empty((), device="meta")
+        """Tensors that no component takes: averages, what is for training alone, second copies. Numbers of the noise
+        schedule, which stand in no network, are not counted."""
         taken = {
             original
             for name in self.components
             for original in self._of(name)
-            if self._converters[name].to_diffusers(original, meta.expand(6, 6))
+            if self._convert(name, original, _unread(self._source.meta(original)))
         }
-        return [name for name in self._names if name not in taken]
+        return [name for name in self._names if name not in taken and "." in name]
 
     @cached_property
     def _converters(self) -> dict[str, Names]:
@@ -251,6 +316,9 @@ class OriginalCheckpoint:
 
 def family_of(pipeline: PipelineFolder) -> str:
     """The family of a pipeline in diffusers' layout."""
+    if pipeline.kind.startswith("LDM"):
+        own = {"bert": "ldm_text", "class_embedder": "ldm_class"}
+        return next((kind for component, kind in own.items() if component in pipeline.components), "ldm")
     if "StableDiffusion3" in pipeline.kind:
         return "sd3"
     if "XL" in pipeline.kind:

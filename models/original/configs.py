@@ -5,11 +5,23 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Of a component's tensors, by name without the component's prefix."""
 
 _HEAD_CHANNELS = 64
 _HEADS_OF_SD1 = 8
+# Latent diffusion's have 32 channels a head, but for these, by channels of the levels and of the context.
+_HEAD_CHANNELS_OF_LDM = 32
+_HEADS_OF_LDM = {
+    ((320, 640, 1280, 1280), 1280): 8,  # text, 1.45 B
+    ((192, 384, 576, 960), 512): 1,  # ImageNet, cin256-v2
+    ((192, 384, 384, 768, 768), None): 8,  # churches
+    ((256, 512, 768, 1024), None): 8,  # inpainting
+    ((128, 512, 1024), None): 8,  # semantic maps
+}
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -91,6 +103,76 @@ def unet_of_sd1(shapes: Shapes) -> dict[str, Any]:
     return unet(shapes, heads=_HEADS_OF_SD1)
 
 
+def unet_of_ldm(shapes: Shapes) -> dict[str, Any]:
+    """Of latent diffusion's, which reads a context or not. Its weights do not tell heads: they are those of the
+    published models."""
+    if any(name.endswith("attn2.to_k.weight") for name in shapes):
+        return _with_published_heads(unet(shapes))
+    blocks = _count(shapes, "input_blocks.#.")
+    ends = [
+        int(m.group(1))
+        for name in shapes
+        if (m := re.match(r"output_blocks\.(\d+)\.[12]\.(conv\.weight|in_layers\.0\.weight)$", name))
+    ]
+    depth = min(ends, default=blocks - 1)
+    levels = blocks // (depth + 1)
+    first = [1 + level * (depth + 1) for level in range(levels)]
+    attends = [f"input_blocks.{number}.1.qkv.weight" in shapes for number in first]
+    residual = [f"input_blocks.{number + depth}.0.in_layers.0.weight" in shapes for number in first[:-1]]
+    resampling = "resnet" if any(residual) else "conv"
+    scale_shift = shapes["middle_block.0.emb_layers.1.weight"][0] > shapes["middle_block.0.out_layers.3.weight"][0]
+
+    def types(way: str, last: int) -> list[str]:
+        """Of the levels from fine to coarse; the `last` does not change sides."""
+        plain = [f"Resnet{way}sampleBlock2D" if any(residual) and i != last else f"{way}Block2D" for i in range(levels)]
+        return [f"Attn{way}Block2D" if yes else kind for yes, kind in zip(attends, plain, strict=True)]
+
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 64,
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "block_out_channels": [shapes[f"input_blocks.{number}.0.out_layers.3.weight"][0] for number in first],
+        "layers_per_block": depth,
+        "down_block_types": types("Down", levels - 1),
+        "up_block_types": types("Up", 0)[::-1],
+        "downsample_type": resampling,
+        "upsample_type": resampling,
+        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
+        "attn_norm_num_groups": 32 if scale_shift else None,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "add_attention": True,
+    }
+    return _with_published_heads(config)
+
+
+def _with_published_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    size = (tuple(config["block_out_channels"]), config.get("cross_attention_dim"))
+    return with_heads(config, _HEADS_OF_LDM.get(size))
+
+
+def with_heads(config: Mapping[str, Any], heads: int | None, channels: int = _HEAD_CHANNELS_OF_LDM) -> dict[str, Any]:
+    """The configuration of a UNet whose every attention has so many heads; None: as many as have so many channels.
+
+    Raises:
+        ValueError: the channels of a level do not divide so.
+    """
+    widths: list[int] = config["block_out_channels"]
+    attends = [*(w for w, kind in zip(widths, config["down_block_types"], strict=True) if "Attn" in kind), widths[-1]]
+    for width in attends:
+        if width % (heads or channels):
+            told = f"head_channels={channels}" if heads is None else f"heads={heads}"
+            raise ValueError(f"{told}: the {width} channels of a level do not divide so")
+    if config["_class_name"] == "UNet2DConditionModel":
+        return {**config, "attention_head_dim": heads or [width // channels for width in widths]}
+    if heads is None or len(set(attends)) == 1:
+        return {**config, "attention_head_dim": channels if heads is None else widths[-1] // heads}
+    return {**config, "attention_heads": heads}  # which diffusers has no word for
+
+
 def unet_of_sdxl(shapes: Shapes) -> dict[str, Any]:
     """Of SDXL's, trained at 1024 px."""
     return unet(shapes, sample_size=128)
@@ -108,6 +190,15 @@ def autoencoder(scaling_factor: float | None, shift_factor: float | None = None)
             "use_quant_conv": "quant_conv.weight" in shapes,
             "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         }
+
+    return config
+
+
+def first_stage(scaling_factor: float | None) -> Callable[[Shapes], dict[str, Any]]:
+    """Of VQModel or AutoencoderKL, whichever it is; the scale is of the latter's latents."""
+
+    def config(shapes: Shapes) -> dict[str, Any]:
+        return vq(shapes) if "quantize.embedding.weight" in shapes else autoencoder(scaling_factor)(shapes)
 
     return config
 
@@ -213,3 +304,46 @@ def t5(shapes: Shapes) -> dict[str, Any]:
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
+
+
+def bert(shapes: Shapes) -> dict[str, Any]:
+    """Of latent diffusion's transformer over tokens, diffusers' LDMBertModel."""
+    vocabulary, width = shapes["token_emb.weight"]
+    return {
+        "architectures": ["LDMBertModel"],
+        "model_type": "ldmbert",
+        "vocab_size": vocabulary,
+        "max_position_embeddings": shapes["pos_emb.emb.weight"][0],
+        "encoder_layers": _count(shapes, "attn_layers.layers.#.") // 2,
+        "encoder_ffn_dim": shapes["attn_layers.layers.1.1.net.0.0.weight"][0],
+        "encoder_attention_heads": shapes["attn_layers.layers.0.1.to_q.weight"][0] // _HEAD_CHANNELS,
+        "head_dim": _HEAD_CHANNELS,
+        "d_model": width,
+        "activation_function": "gelu",
+        "pad_token_id": 0,
+    }
+
+
+def classes(shapes: Shapes) -> dict[str, Any]:
+    """Of latent diffusion's classes, a vector each, the last one perhaps for none. ImageNet's are known."""
+    rows, width = shapes["embedding.weight"]
+    return {"_class_name": "ClassEmbedder", "classes": 1000 if rows in (1000, 1001) else None, "width": width}
+
+
+def scaled_linear(betas: Tensor) -> dict[str, Any]:
+    """Settings of a scheduler, of the noise schedule that a file holds.
+
+    Raises:
+        ValueError: it is not latent diffusion's "linear" one, whose square roots grow evenly.
+    """
+    start, end = (float(f"{float(betas[i]):.6g}") for i in (0, -1))
+    told = {"num_train_timesteps": len(betas), "beta_start": start, "beta_end": end}
+    if not 0 < start < end or not torch.allclose(scaled_linear_betas(told), betas.float(), rtol=1e-4):
+        raise ValueError("betas: their square roots do not grow evenly, as those of all published models do")
+    return told
+
+
+def scaled_linear_betas(scheduler: Mapping[str, Any]) -> Tensor:
+    """The schedule of such settings, float32."""
+    start, end = (float(scheduler[key]) ** 0.5 for key in ("beta_start", "beta_end"))
+    return (torch.linspace(start, end, scheduler.get("num_train_timesteps", 1000), dtype=torch.float64) ** 2).float()

@@ -1,8 +1,8 @@
 """Names of tensors in checkpoints of their authors' layout, beside diffusers' names of the same.
 
 A table maps a module of the original to one of diffusers, or to several, which lie stacked in the original's one tensor
-(fused queries, keys and values). `#` in a table stands for the number of a block. Three kinds of modules store other
-numbers or shapes; they are marked.
+(fused queries, keys and values). `#` in a table stands for the number of a block. Some kinds of modules store other
+numbers, shapes or orders; they are marked.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 # same; halves: the two halves the other way round (scale and shift); matrix: a 1 x 1 convolution that diffusers has as
-# a matrix; transposed: a matrix, the other way round.
-Form = Literal["same", "halves", "matrix", "transposed"]
+# a matrix; line: the same of a convolution along one dimension; transposed: a matrix, the other way round.
+Form = Literal["same", "halves", "matrix", "line", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Row:
         original: its name.
         parts: diffusers' names; several are stacked in the original.
         form: how its tensors are stored there.
+        heads: parts are stacked within each of so many heads.
     """
 
     original: str
     parts: tuple[str, ...]
     form: Form = "same"
+    heads: int = 1
 
 
 # MMDiT (Stable Diffusion 3). The last block's text stream, of which only the attention is read, and the final layer
@@ -76,7 +78,8 @@ def mmdit(config: Mapping[str, Any]) -> list[Row]:
 
 
 # The UNet of latent diffusion: the blocks of all levels in one list, each of a residual block, an attention where the
-# level has one, and a resampling at the level's end.
+# level has one, and a resampling, by a convolution or another residual block, at the level's end. Attention without a
+# context is ADM's, whose queries, keys and values are stacked head by head.
 
 _UNET = {
     "time_embed.0": "time_embedding.linear_1",
@@ -108,15 +111,26 @@ _TRANSFORMER_BLOCK = {
     "transformer_blocks.#.ff.net.0.proj": "transformer_blocks.#.ff.net.0.proj",
     "transformer_blocks.#.ff.net.2": "transformer_blocks.#.ff.net.2",
 }
+_SELF_ATTENTION = {
+    "norm": "group_norm",
+    "qkv": "to_q to_k to_v",
+    "proj_out": "to_out.0",
+}
 
 
 def unet(config: Mapping[str, Any]) -> list[Row]:
-    """Of a UNet2DConditionModel with this configuration."""
+    """Of a UNet2DConditionModel, or of a UNet2DModel, with this configuration."""
     downs, ups = config["down_block_types"], config["up_block_types"]
     levels, depth = len(downs), config["layers_per_block"]
-    transformers = config.get("transformer_layers_per_block", 1)
-    layers = [transformers] * levels if isinstance(transformers, int) else list(transformers)
     table = dict(_UNET)
+    attentions = dict[str, int]()  # levels by the place of an attention without a context
+
+    def attention(place: str, theirs: str, level: int) -> dict[str, str]:
+        if config.get("cross_attention_dim") is not None:
+            return _within(_transformer(_of_level(config, "transformer_layers_per_block", level, 1)), place, theirs)
+        attentions[place] = level
+        return _within(_SELF_ATTENTION, place, theirs)
+
     if config.get("addition_embed_type") == "text_time":
         table |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
     elif config.get("num_class_embeds") is not None:
@@ -125,29 +139,49 @@ def unet(config: Mapping[str, Any]) -> list[Row]:
     for level, kind in enumerate(downs):
         for i in range(depth):
             table |= _within(_RESIDUAL, f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{i}")
-            if "CrossAttn" in kind:
-                inner = _transformer(layers[level])
-                table |= _within(inner, f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{i}")
+            if "Attn" in kind:
+                table |= attention(f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{i}", level)
             number += 1
         if level < levels - 1:
-            table[f"input_blocks.{number}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            place, theirs = f"input_blocks.{number}.0", f"down_blocks.{level}.downsamplers.0"
+            by_residual = _by_residual(kind, config.get("downsample_type"))
+            table |= _within(_RESIDUAL, place, theirs) if by_residual else {f"{place}.op": f"{theirs}.conv"}
             number += 1
     table |= _within(_RESIDUAL, "middle_block.0", "mid_block.resnets.0")
-    table |= _within(_transformer(layers[-1]), "middle_block.1", "mid_block.attentions.0")
+    table |= attention("middle_block.1", "mid_block.attentions.0", levels - 1)
     table |= _within(_RESIDUAL, "middle_block.2", "mid_block.resnets.1")
     number = 0
     for level, kind in enumerate(ups):
-        attends = "CrossAttn" in kind
+        attends = "Attn" in kind
         for i in range(depth + 1):
             table |= _within(_RESIDUAL, f"output_blocks.{number}.0", f"up_blocks.{level}.resnets.{i}")
             if attends:
-                inner = _transformer(layers[levels - 1 - level])
-                table |= _within(inner, f"output_blocks.{number}.1", f"up_blocks.{level}.attentions.{i}")
+                place = f"output_blocks.{number}.1"
+                table |= attention(place, f"up_blocks.{level}.attentions.{i}", levels - 1 - level)
             if i == depth and level < levels - 1:
-                place = f"output_blocks.{number}.{2 if attends else 1}.conv"
-                table[place] = f"up_blocks.{level}.upsamplers.0.conv"
+                place, theirs = f"output_blocks.{number}.{2 if attends else 1}", f"up_blocks.{level}.upsamplers.0"
+                by_residual = _by_residual(kind, config.get("upsample_type"))
+                table |= _within(_RESIDUAL if by_residual else {"conv": "conv"}, place, theirs)
             number += 1
-    return _rows(table)
+    forms: dict[str, Form] = {f"{place}.{layer}": "line" for place in attentions for layer in ("qkv", "proj_out")}
+    return _rows(table, forms, {f"{place}.qkv": _heads(config, level) for place, level in attentions.items()})
+
+
+def _by_residual(kind: str, resampling: str | None) -> bool:
+    """Whether a level changes the sides by a residual block; those with attention do where the configuration says so
+    of all."""
+    return kind.startswith("Resnet") or (kind.startswith("Attn") and resampling == "resnet")
+
+
+def _heads(config: Mapping[str, Any], level: int) -> int:
+    """Of a UNet2DModel's attention at a level."""
+    own: int | None = config.get("attention_heads")
+    return own or config["block_out_channels"][level] // _of_level(config, "attention_head_dim", level, 8)
+
+
+def _of_level(config: Mapping[str, Any], key: str, level: int, default: int) -> int:
+    value = config.get(key, default)
+    return value if isinstance(value, int) else value[level]
 
 
 def _transformer(layers: int) -> dict[str, str]:
@@ -196,6 +230,38 @@ def autoencoder(config: Mapping[str, Any]) -> list[Row]:
         table[f"decoder.up.{level}.upsample.conv"] = f"{up}.upsamplers.0.conv"
     matrices: dict[str, Form] = {name: "matrix" for name in attentions if not name.endswith("norm")}
     return _rows(table | attentions, matrices)
+
+
+# Latent diffusion's own transformer over tokens, of which each layer is two of the original: attention, and perceptron.
+
+_BERT = {
+    "token_emb": "model.embed_tokens",
+    "pos_emb.emb": "model.embed_positions",
+    "norm": "model.layer_norm",
+    "to_logits": "to_logits",
+}
+_BERT_ATTENTION = {
+    "0": "self_attn_layer_norm",
+    "1.to_q": "self_attn.q_proj",
+    "1.to_k": "self_attn.k_proj",
+    "1.to_v": "self_attn.v_proj",
+    "1.to_out": "self_attn.out_proj",
+}
+_BERT_MLP = {"0": "final_layer_norm", "1.net.0.0": "fc1", "1.net.2": "fc2"}
+
+
+def bert(config: Mapping[str, Any]) -> list[Row]:
+    """Of an LDMBertModel with this configuration."""
+    table = dict(_BERT)
+    for layer in range(config["encoder_layers"]):
+        for number, part in ((2 * layer, _BERT_ATTENTION), (2 * layer + 1, _BERT_MLP)):
+            table |= _within(part, f"attn_layers.layers.{number}", f"model.layers.{layer}")
+    return _rows(table)
+
+
+def classes(config: Mapping[str, Any]) -> list[Row]:
+    """Of latent diffusion's classes, a vector each."""
+    return _rows({"embedding": "embedding"})
 
 
 # OpenCLIP's text encoder (Stable Diffusion 2 and XL).
@@ -253,7 +319,7 @@ class Names:
             return {}
         row, leaf = found
         parts = [part + leaf for part in row.parts]
-        return dict(zip(parts, _from_original(tensor, row.form, leaf).chunk(len(parts)), strict=True))
+        return dict(zip(parts, _from_original(tensor, row, leaf).chunk(len(parts)), strict=True))
 
     def originals(self, names: Iterable[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
         """The original tensors that tensors of diffusers' names make up: the names of the parts of each, and what has
@@ -274,7 +340,7 @@ class Names:
         assert found is not None, f"{name} is in no table"
         row, leaf = found
         given = list(parts)
-        return _to_original(torch.cat(given) if len(given) > 1 else given[0], row.form, leaf)
+        return _to_original(torch.cat(given) if len(given) > 1 else given[0], row, leaf)
 
     @staticmethod
     def _find(name: str, rows: Mapping[str, Row]) -> tuple[Row, str] | None:
@@ -315,23 +381,39 @@ class SameNames(Names):
         return tensor
 
 
-def _from_original(tensor: Tensor, form: Form, leaf: str) -> Tensor:
+def _from_original(tensor: Tensor, row: Row, leaf: str) -> Tensor:
+    if row.form in ("matrix", "line") and leaf == ".weight":
+        tensor = tensor.flatten(1)
+    return _turned(_restacked(tensor, row.heads, len(row.parts)), row.form)
+
+
+def _to_original(tensor: Tensor, row: Row, leaf: str) -> Tensor:
+    tensor = _turned(_restacked(tensor, len(row.parts), row.heads), row.form)
+    if row.form in ("matrix", "line") and leaf == ".weight":
+        return tensor[:, :, None, None] if row.form == "matrix" else tensor[:, :, None]
+    return tensor
+
+
+def _restacked(tensor: Tensor, outer: int, inner: int) -> Tensor:
+    """Rows that lie in `inner` stacks within each of `outer`, the other way round."""
+    if 1 in (outer, inner):
+        return tensor
+    return tensor.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _turned(tensor: Tensor, form: Form) -> Tensor:
+    """What undoes itself."""
     if form == "halves":
         return torch.cat(tensor.chunk(2)[::-1])
-    if form == "matrix" and leaf == ".weight":
-        return tensor.flatten(1)
     return tensor.T if form == "transposed" else tensor
 
 
-def _to_original(tensor: Tensor, form: Form, leaf: str) -> Tensor:
-    if form == "matrix" and leaf == ".weight":
-        return tensor[:, :, None, None]
-    return _from_original(tensor, form, leaf)  # the others undo themselves
-
-
-def _rows(table: Mapping[str, str], forms: Mapping[str, Form] | None = None) -> list[Row]:
+def _rows(
+    table: Mapping[str, str], forms: Mapping[str, Form] | None = None, heads: Mapping[str, int] | None = None
+) -> list[Row]:
     return [
-        Row(original, tuple(_parts(theirs)), (forms or {}).get(original, "same")) for original, theirs in table.items()
+        Row(original, tuple(_parts(theirs)), (forms or {}).get(original, "same"), (heads or {}).get(original, 1))
+        for original, theirs in table.items()
     ]
 
 
