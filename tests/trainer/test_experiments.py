@@ -1,10 +1,12 @@
-"""Every experiment at `scale=tiny`, from tars to a sample grid, in this process."""
+"""Every experiment at `scale=tiny`, from tars to a sample grid, in this process; sizes at full scale."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from conf.compose import ROOT
+from conf.compose import ROOT, compose
+from conf.schema import build
 from data.run_directory import read_jsonl
 from tests.data.retrieval.vectors import clustered, save_database, write_neighbours
 from tests.trainer.task_tars import write_task_tars
@@ -48,3 +50,17 @@ def test_it_trains_validates_saves_and_samples(folder, chosen):
     assert [row["step"] for row in rows] == [1, 2] and rows[-1]["val/loss"] > 0
     assert (run / "checkpoints/step_00000002/committed.json").exists()
     assert (run / "samples/step_00000002.png").stat().st_size > 500
+
+
+@pytest.mark.parametrize(("task", "millions"), [("text2img", 1450), ("layout_openimages", 306)])
+def test_whole_models_are_as_large_as_published_with_logits_of_their_tokens(task, millions):
+    """The paper's 1.45 B and 306 M count, of the transformer over tokens, logits that nothing reads, too."""
+    config = compose("train", [f"experiment=ldm/{task}"], missing="null")
+    with torch.device("meta"):
+        parts = [build(config[part]) for part in ("model", "conditioner")]
+    (table,) = [p for name, p in parts[1].named_parameters() if name.endswith("embed_tokens.weight")]
+    tokens, width = table.shape
+    logits = tokens * (width + 1)
+    assert sum(p.numel() for part in parts for p in part.parameters()) + logits == pytest.approx(
+        millions * 1e6, rel=4e-3
+    )
