@@ -172,9 +172,14 @@ class ConditionMap(nn.Module, ABC):
 
 
 class LearnedEncoder(Encoder):
-    """An encoder that is trained with the denoiser: built on the meta device, and filled by an engine."""
+    """An encoder that is trained with the denoiser: built on the meta device, and filled by an engine.
+
+    Attributes:
+        folder: with weights that it starts from; None: drawn.
+    """
 
     learned = True
+    folder: str | None = None
 
     @abstractmethod
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -184,7 +189,7 @@ class LearnedEncoder(Encoder):
         """There are none, unless a class says otherwise."""
 
     def check_folder(self) -> None:
-        """Whether the folder that `init_parameter` reads, if there is one, holds such an encoder.
+        """Whether `folder`, if there is one, holds such an encoder.
 
         Raises:
             ValueError: it does not.

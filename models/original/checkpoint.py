@@ -286,14 +286,15 @@ class OriginalCheckpoint:
             yield left_out, torch.eye(self.components[name]["hidden_size"])
 
     def unused(self) -> list[str]:
-        """Tensors that no component takes: averages, what is for training alone, second copies. Numbers of the noise
-        schedule, which stand in no network, are not counted."""
+        """Tensors that no component takes: averages, what is for training alone. Not counted are numbers of the noise
+        schedule, which stand in no network, and a first stage that makes conditions, too, and stands there twice."""
         taken = {
             original
             for name in self.components
             for original in self._of(name)
             if self._convert(name, original, _unread(self._source.meta(original)))
         }
+        taken |= {_CONDITION + name.removeprefix(_FIRST) for name in taken if name.startswith(_FIRST)}
         return [name for name in self._names if name not in taken and "." in name]
 
     @cached_property

@@ -21,6 +21,7 @@ from conf.schema import build
 from models.conditioner import Given
 from models.guidance import Guidance
 from models.original import configs, names
+from models.original.checkpoint import OriginalCheckpoint
 from models.pipeline_folder import PipelineFolder, is_network
 from models.tensor_files import open_file
 from tests import foreign
@@ -178,6 +179,7 @@ def originals(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def imported(originals, tokenizer, tmp_path_factory):
+    """A folder of each kind."""
     runs = tmp_path_factory.mktemp("runs")
 
     def run(kind: str) -> Path:
@@ -298,6 +300,7 @@ def test_it_is_trained_on_sampled_and_exported(kind, told, trained, imported, tm
     write_task_tars(tmp_path / "tars", 20)
     data = [f"data.sources.drawn.shards={tmp_path}/tars", "buckets=square", "buckets.size=16", "schedule.lr=0.001"]
     options = [f"experiment={imported(kind)}/experiment.yaml", "name=on", "steps=2", "batch=4", "lanes=2", "ema=none"]
+    assert cli.execute(["plan", *options, *data, "cluster.processes=2"]) == 0  # which reads no weights
     assert len(train_on(1, tmp_path, *options, *data, small=QUICK)) == 2
     run, out = tmp_path / "runs/on", tmp_path / "out"
     assert cli.execute(["export", f"source={run}", f"out={out}"]) == 0
@@ -334,6 +337,12 @@ def test_classes_without_a_vector_for_none_are_told_of(originals, tmp_path, caps
     context = conditioner(given)["context"]
     close(context[0], torch.load(originals / "class.pt")["context"][1])
     assert torch.equal(conditioner(given, conditioner.unconditional(2))["context"], torch.zeros_like(context))
+
+
+def test_nothing_of_a_file_is_left_over(originals):
+    """The inpainting model's encoder of the masked picture is its first stage, which stands in the file twice."""
+    for kind in KINDS:
+        assert OriginalCheckpoint(open_file(originals / f"{kind}.ckpt")).unused() == []
 
 
 def test_an_average_beside_the_weights_is_told_of(originals, tmp_path, capsys):
