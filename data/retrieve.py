@@ -201,7 +201,7 @@ def make_database(
     told: dict[str, Any] = {
         "version": VERSION,
         "model": recipe["model"],
-        "model_name": embedding.model,
+        "model_name": str(Path(embedding.model).resolve()) if Path(embedding.model).is_dir() else embedding.model,
         "recipe": recipe,
         "parts": [[name, m.digest] for name, m in zip(names, manifests, strict=True)],
         "indexes": Database(folder).told.get("indexes", {}) if told_path(folder).exists() else {},

@@ -114,9 +114,12 @@ class Database:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that its neighbours depend on: its content, not where it lies."""
-        digest = xxhash.xxh3_128(json.dumps(self.told, sort_keys=True).encode())
-        if not self.told:
+        """Of all that its neighbours depend on: its content, not where it or its model lies, or how long it took."""
+        told: dict[str, Any] = {key: self.told.get(key) for key in ("version", "model", "recipe", "parts")}
+        for side, index in self.told.get("indexes", {}).items():
+            told[f"{side} index"] = [index.get("identity"), index.get("search")]
+        digest = xxhash.xxh3_128(json.dumps(told, sort_keys=True).encode())
+        if "parts" not in self.told:
             for part in self.parts:
                 vectors = self._map("image", part)
                 digest.update(f"{part.rows}".encode())

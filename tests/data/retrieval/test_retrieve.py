@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,13 @@ from shard_files import picture, write_tar
 from vectors import save_database
 
 from conf.errors import ConfigError
+from data.index import ensure_indexed
 from data.retrieval.database import Database
 from data.retrieval.embedding import Embedding, Patches
 from data.retrieval.field import Neighbours
 from data.retrieval.index import Searcher
 from data.retrieval.looking import answer
+from data.store import Store
 from tests.data.curation.tiny_models import save_clip
 from tools.cli import execute
 
@@ -138,6 +141,24 @@ def test_what_is_done_is_skipped_and_what_changed_done_again(tmp_path, model):
         path.unlink()
     assert execute(command(folder, model, *more)) == 0
     assert Database(folder).rows == 17 and not (folder / "img_emb" / "img_emb_00003.npy").exists()
+
+
+def test_neighbours_stay_those_of_the_database_wherever_its_model_lies(tmp_path, model):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}", f"neighbours_of={shards}", "k=3")) == 0
+    before = Database(folder)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert execute(command(folder, moved, f"shards={shards}")) == 0
+    assert Database(folder).told["model_name"] == str(moved) != before.told["model_name"]
+    manifests = ensure_indexed([str(path) for path in sorted(shards.glob("*.tar"))], Store())
+    Neighbours(str(folder), k=3).check(manifests, Store())
+    kept = json.loads((folder / "database.json").read_text())
+    for key, other in (("model", "another"), ("recipe", kept["recipe"] | {"batch": 3}), ("parts", kept["parts"][:2])):
+        (folder / "database.json").write_text(json.dumps(kept | {key: other}))
+        assert Database(folder).fingerprint != before.fingerprint
+    kept["indexes"]["image"]["search"] = {"probes": 3}
+    (folder / "database.json").write_text(json.dumps(kept))
+    assert Database(folder).fingerprint != before.fingerprint
 
 
 def test_another_model_makes_another_index(tmp_path, model):
