@@ -93,19 +93,26 @@ class NeighbourField(Field):
         """The embedding, (1, d), of a text or of a picture's file, and the rows that are asked for, k at most."""
         text = text.strip()
         if text.startswith("["):
-            return None, self._rows(json.loads(text))[: self.k]
+            return None, self._rows(text)[: self.k]
         if text.startswith("~"):
-            return None, self._nearest(self.opened.vectors(self._rows([json.loads(text[1:])])))
+            return None, self._nearest(self.opened.vectors(self._rows(text)))
         from data.retrieval.embedding import embed_query  # with it come torch's models, which training does without
 
         asked = embed_query(text, self._embedder)
         return asked, self._nearest(asked)
 
-    def _rows(self, rows: Any) -> np.ndarray:
-        ids = np.asarray(rows, np.int64)
-        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.opened.rows:
-            raise ValueError(f"rows from 0 to {self.opened.rows - 1} of {self.database}")
-        return ids
+    def _rows(self, text: str) -> np.ndarray:
+        """Of a text, `[3, 17]` or `~17`."""
+        try:
+            told = json.loads(text.removeprefix("~"))
+        except ValueError:
+            told = None
+        rows = told if text.startswith("[") else [told]
+        if not rows or not all(type(row) is int and 0 <= row < self.opened.rows for row in rows):
+            raise ValueError(
+                f"rows are given as [3, 17], or one as ~17, from 0 to {self.opened.rows - 1} of {self.database}"
+            )
+        return np.asarray(rows, np.int64)
 
     def _nearest(self, query: np.ndarray) -> np.ndarray:
         """Ids of the k nearest of a query (1, d)."""
@@ -126,12 +133,18 @@ class NeighbourField(Field):
     @cached_property
     def _embedder(self) -> Any:
         from data.curation.clip import shared_embedder
-        from data.curation.pretrained import model_folder
+        from data.curation.pretrained import fingerprint, model_folder
 
         name = self.opened.told.get("model_name")
         if name is None:
             raise ContentError(f"{self.database} does not tell the model that made it: give rows, [3, 17]")
-        return shared_embedder(model_folder(name), "float32", "auto")
+        folder = model_folder(name)
+        if fingerprint(folder) != self.opened.told["model"]:
+            raise ConfigError(
+                f"{folder} is no longer the model that made the database {self.database}: put that one there, or give"
+                " rows, [3, 17]"
+            )
+        return shared_embedder(folder, "float32", "auto")
 
 
 @dataclass(frozen=True)

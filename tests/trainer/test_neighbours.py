@@ -71,7 +71,7 @@ def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: s
     assert np.abs(pictures[0] - pictures[1]).max() > 0, "fewer neighbours"
     assert np.abs(pictures[0] - pictures[2]).max() > 0, "another database"
     assert cli.execute(["sample", *arguments, "fields.neighbours=['[99]']"]) == 2
-    assert "rows from 0 to 79" in capsys.readouterr().err
+    assert "rows are given as [3, 17], or one as ~17, from 0 to 79 of" in capsys.readouterr().err
     # Of nothing, pictures are of pseudo-queries, which their seeds draw.
     assert cli.execute(["sample", *arguments, "each=3", "neighbours.top_m=1"]) == 0, capsys.readouterr().err
     drawn = [Image.open(folder / "out" / f"0000{i}.png") for i in range(3)]

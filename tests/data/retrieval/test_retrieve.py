@@ -313,9 +313,27 @@ def test_neighbours_of_a_text_of_a_picture_and_rows_are_what_sampling_is_given(t
     assert np.allclose(replace(asked, k=1).given("a red circle", (8, 8)), [text], atol=1e-5)
     with pytest.raises(ConfigError, match="k=18 neighbours of a database of 17 rows"):
         replace(field, k=18).given("a red circle", (8, 8))
+    wrong = ["[3, 1", "[]", "[1.7]", "[true]", "[[3]]", "[-1]", "[17]", "~x", "~", "~1.5", "~[3]", "~3, 4"]
+    for text in wrong:
+        with pytest.raises(ValueError, match=r"^rows are given as \[3, 17\], or one as ~17, from 0 to 16 of"):
+            field.given(text, (8, 8))
     (folder / "database.json").unlink()
     with pytest.raises(ValueError, match="does not tell the model that made it"):
         Neighbours(str(folder), k=3).given("a red circle", (8, 8))
+
+
+def test_texts_are_embedded_by_the_model_that_made_the_database_from_anywhere(tmp_path, model, monkeypatch):
+    shutil.copytree(model, tmp_path / "clip")
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    monkeypatch.chdir(tmp_path)
+    assert execute(command(folder, Path("clip"), f"shards={shards}")) == 0
+    monkeypatch.chdir(shards)
+    assert Neighbours(str(folder), k=3).given("a red circle", (8, 8)).shape == (3, 10)
+    shutil.rmtree(tmp_path / "clip")
+    save_clip(tmp_path / "clip", seed=1)
+    with pytest.raises(ConfigError, match=r"/clip is no longer the model that made the database .*db: put"):
+        Neighbours(str(folder), k=3).given("a red circle", (8, 8))
+    assert Neighbours(str(folder), k=3).given("[3, 1, 2]", (8, 8)).shape == (3, 10)
 
 
 def test_a_question_is_answered_by_a_sheet_and_a_page_shows_neighbours(tmp_path, model, capsys):
