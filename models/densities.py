@@ -50,15 +50,21 @@ class Steps(Density):
 
     Args:
         steps: their number.
+        low, high: ends of a part of the path, of which only the steps behind `low`, up to `high`, are drawn; see
+            `Uniform`.
     """
 
-    def __init__(self, steps: int = 1000):
+    def __init__(self, steps: int = 1000, low: float = 0.0, high: float = 1.0):
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        self.steps = steps
+        first, last = round(low * steps), round(high * steps)
+        if not 0 <= low <= high <= 1 or first == last:
+            raise ValueError(f"low and high must be ends of a part with any of {steps} steps, got {low} and {high}")
+        self.steps, self._first, self._last = steps, first, last
+        self.span = (first / steps, last / steps)
 
     def sample(self, u: Tensor) -> Tensor:
-        return (torch.floor(u * self.steps) + 1) / self.steps
+        return (torch.floor(u * (self._last - self._first)) + 1 + self._first) / self.steps
 
 
 class LogitNormal(Density):

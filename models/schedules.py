@@ -13,7 +13,13 @@ from torch import Tensor
 
 
 class NoisePath(ABC):
-    """x_t = alpha_t x_0 + sigma_t eps, t in [0, 1]."""
+    """x_t = alpha_t x_0 + sigma_t eps, t in [0, 1].
+
+    Attributes:
+        steps: of a discrete process, the number of its steps; None of a continuous one.
+    """
+
+    steps: int | None = None
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +85,8 @@ class Discrete(NoisePath):
     Args:
         betas: (steps,) float64.
     """
+
+    steps: int
 
     def __init__(self, betas: Tensor):
         self.steps = len(betas)
@@ -166,6 +174,8 @@ class ZeroTerminalSNR(NoisePath):
         of: a path with alpha^2 + sigma^2 = 1, such as `ScaledLinear`.
         steps: its number of discrete steps; the first stands at t = 1 / steps.
     """
+
+    steps: int
 
     def __init__(self, of: NoisePath, steps: int = 1000):
         self.of = of

@@ -344,6 +344,8 @@ def test_sampling_starts_at_one_or_where_the_image_can_still_be_found():
         lambda: LogitNormal(0.0, 0.0),
         lambda: Uniform(0.5, 0.5),
         lambda: Uniform(0.0, 1.5),
+        lambda: Steps(1000, high=1.5),
+        lambda: Steps(10, low=0.51, high=0.54),
         lambda: EDM(p_std=-1.0),
         lambda: ScaledLinear(0.02, 0.01),
         lambda: EDMPreconditioning(0.0),
@@ -360,6 +362,16 @@ def test_steps_are_the_integers_that_ddpm_draws():
     process = plain(ScaledLinear(), Noise(), Steps(1000))
     told, counts = process.network_time(process.sample_t(u)).round(decimals=3).unique(return_counts=True)
     assert told.tolist() == list(range(1000)) and set(counts.tolist()) == {10}
+
+
+def test_steps_of_a_part_are_those_of_its_levels():
+    """SDXL's refiner: the 200 with the least noise; and a part between two ends."""
+    u = quantiles(10_000).float()
+    for density, expected in ((Steps(1000, high=0.2), range(200)), (Steps(1000, 0.2, 0.7), range(200, 700))):
+        process = plain(ScaledLinear(), Noise(), density)
+        told, counts = process.network_time(process.sample_t(u)).round(decimals=3).unique(return_counts=True)
+        assert told.tolist() == list(expected) and set(counts.tolist()) == {10_000 // len(expected)}
+        assert process.span == pytest.approx((expected[0] / 1000, (expected[-1] + 1) / 1000))
 
 
 # What diffusers has functions for

@@ -19,6 +19,7 @@ from models.samplers import Euler
 from models.schedules import ScaledLinear
 from models.unet import UNet
 from models.weighting import Unweighted
+from tools import cli
 from trainer.objectives.diffusion import Diffusion
 
 PROCESS = Process(ScaledLinear(), Noise(), Uniform(), Unweighted())
@@ -157,6 +158,13 @@ def test_the_bound_is_estimated_in_validation():
     others = without.validation_losses(networks, batch)
     assert "bound" not in others
     assert torch.equal(others["loss"], values["loss"])
+
+
+@pytest.mark.parametrize("process", ["edm", "rectified_flow", "v_cosine"])
+def test_a_bound_in_steps_is_refused_of_a_process_without(process, capsys):
+    arguments = ["train", f"process={process}", "objective.bound_steps=1000", "data.sources.a.shards=/nowhere"]
+    assert cli.execute(arguments) == 2
+    assert "objective.bound_steps=1000 is of a discrete process" in capsys.readouterr().err
 
 
 class Keeps(nn.Module):

@@ -100,6 +100,14 @@ def test_the_refiner_never_sees_more_than_a_fifth_of_the_times_and_is_told_score
     assert (folder / "runs/refined/samples/step_00000008.png").stat().st_size > 500
 
 
+def test_the_refiner_learns_at_the_originals_integer_steps_too(folder, monkeypatch):
+    calls = Calls(monkeypatch)
+    alone = ["samples.every=null", "validation.every=null", "buckets=square", "buckets.size=16", "steps=8"]
+    run_here(folder, "steps", "experiment=sdxl/refiner", "process/density=steps", *alone)
+    times = torch.tensor(calls.times)
+    assert (times - times.round()).abs().max() < 1e-3 and 0 <= times.min().round() < times.max().round() <= 199
+
+
 def test_the_stages_chain(folder):
     last = None
     for stage in STAGES[:3]:

@@ -52,6 +52,13 @@ class Diffusion(Conditioned):
             raise ValueError(f"objective.validation_times is {validation_times}; it must be at least 1")
         if offset_noise < 0:
             raise ValueError(f"objective.offset_noise is {offset_noise}; it takes a number from 0")
+        if bound_steps is not None and process.path.steps is None:
+            raise ValueError(
+                f"objective.bound_steps={bound_steps} is of a discrete process, and {type(process.path).__name__} has"
+                " no steps: leave it out, or take process=eps_linear"
+            )
+        if bound_steps is not None and bound_steps < 2:
+            raise ValueError(f"objective.bound_steps is {bound_steps}; it must be at least 2")
         self.offset_noise, self.bound_steps = offset_noise, bound_steps
         self.process, self.sampler, self.guidance = process, sampler, guidance
         self.validation_times, self.error = validation_times, error
