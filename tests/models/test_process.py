@@ -402,16 +402,22 @@ def test_zero_terminal_snr_is_what_diffusers_rescales_to():
         (Image(), lambda snr, capped: capped),
     ],
 )
-def test_min_snr_weights_are_the_papers(path, parameterization, published):
+@pytest.mark.parametrize("gamma", [None, 1.0, 20.0])
+def test_min_snr_weights_are_the_papers(path, parameterization, published, gamma):
+    """Under the paper's gamma, which is the default, and others."""
     snr = torch.exp(path.log_snr(INNER))
-    expected = published(snr, snr.clamp(max=5.0))
-    assert (snr > 5).any() and (snr < 5).any()
-    torch.testing.assert_close(plain(path, parameterization, weight=MinSNR()).loss_weight(INNER), expected)
+    expected = published(snr, snr.clamp(max=gamma or 5.0))
+    assert (snr > (gamma or 5)).any() and (snr < (gamma or 5)).any()
+    weight = MinSNR() if gamma is None else MinSNR(gamma)
+    torch.testing.assert_close(plain(path, parameterization, weight=weight).loss_weight(INNER), expected)
 
 
 def test_min_snr_is_a_choice_of_the_process():
     assert isinstance(process_of("v_zero_snr", "process/weight=min_snr").weight, MinSNR)
     assert isinstance(process_of("eps_linear").weight, Unweighted)
+    weights = process_of("eps_linear", "process/weight=min_snr", "process.weight.gamma=2").loss_weight(INNER)
+    snr = torch.exp(ScaledLinear().log_snr(INNER))
+    torch.testing.assert_close(weights, snr.clamp(max=2.0) / snr)
     with pytest.raises(ValueError, match="gamma"):
         MinSNR(0.0)
 
