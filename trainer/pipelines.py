@@ -41,18 +41,19 @@ def config_of(folder: PipelineFolder) -> dict[str, Node]:
         "conditioner": describe(folder, model),
         "process": process_node(folder.config("scheduler")),
         "sampler": sampler_node(folder.config("scheduler")),
-        "guidance": {"_target_": "models.guidance.Guidance", "scale": _guidance(folder)},
+        "guidance": {"_target_": "models.guidance.Guidance"} | _guidance(folder),
     }
 
 
-def _guidance(folder: PipelineFolder) -> float:
-    """The scale to draw with: in latent diffusion the paper's, of what has something that stands for no condition."""
-    if not folder.kind.startswith("LDM"):
-        return 4.5
+def _guidance(folder: PipelineFolder) -> dict[str, float]:
+    """The scales to draw with: those of diffusers' pipeline; in latent diffusion the paper's, of what has something
+    that stands for no condition."""
+    if folder.kind in _SCALES:
+        return _SCALES[folder.kind]
     if folder.kind == "LDMClassPipeline":
         rows, _ = ComponentFolder(folder.path / "class_embedder").shape("embedding.weight")
-        return 1.0 if rows == folder.config("class_embedder")["classes"] else 1.5
-    return 1.5 if folder.kind == "LDMTextToImagePipeline" else 1.0
+        return {"scale": 1.0 if rows == folder.config("class_embedder")["classes"] else 1.5}
+    return {"scale": 1.5 if folder.kind == "LDMTextToImagePipeline" else 1.0}
 
 
 def denoiser_of(folder: PipelineFolder) -> ComponentFolder:
@@ -232,6 +233,20 @@ _CONDITIONERS: Mapping[str, Callable[[PipelineFolder, Node], Node]] = {
     "StableDiffusion3Pipeline": _sd3,
     "StableDiffusion3Img2ImgPipeline": _sd3,
     "StableDiffusion3InpaintPipeline": _sd3,
+}
+
+# What diffusers draws with where nothing is asked for: guidance_scale, image_guidance_scale.
+_SCALES: Mapping[str, dict[str, float]] = {
+    "StableDiffusionPipeline": {"scale": 7.5},
+    "StableDiffusionImg2ImgPipeline": {"scale": 7.5},
+    "StableDiffusionInpaintPipeline": {"scale": 7.5},
+    EDITING: {"scale": 7.5, "picture_scale": 1.5},
+    "StableDiffusionXLPipeline": {"scale": 5.0},
+    "StableDiffusionXLImg2ImgPipeline": {"scale": 5.0},
+    "StableDiffusionXLInpaintPipeline": {"scale": 7.5},
+    "StableDiffusion3Pipeline": {"scale": 7.0},
+    "StableDiffusion3Img2ImgPipeline": {"scale": 7.0},
+    "StableDiffusion3InpaintPipeline": {"scale": 7.0},
 }
 
 # Schedulers

@@ -1,6 +1,7 @@
 """Pipelines of diffusers in our hands: prompts, pictures, changed pictures and refined ones are those of diffusers' own
 pipelines, on the same weights and noise."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from models.samplers import Course
 from tests.models import tiny_pipelines
 from tools import cli
 from trainer.loading import Loaded, load_model
-from trainer.pipelines import config_of, process_node, sampler_node
-from trainer.sample import sampler_of
-from trainer.sampling import OwnSampler, Picture, SamplingDraws, decode, draw_latents, draw_pass
+from trainer.pipelines import _CONDITIONERS, _guidance, config_of, process_node, sampler_node
+from trainer.sample import guidance_of, sampler_of
+from trainer.sampling import OwnGuidance, OwnSampler, Picture, SamplingDraws, decode, draw_latents, draw_pass
 
 CAPTIONS = ["a red circle", "two blue squares"]
 CPU = torch.device("cpu")
@@ -94,6 +95,21 @@ def test_pictures_are_those_of_diffusers_pipeline(kind, made):
     ).images
     sampler, guidance = sampler_of(OwnSampler(6), loaded), Guidance(3.0, rescale=0.7 * (kind == "sd2_zero_snr"))
     assert_agree(draw_pass(loaded.networks, loaded.process, sampler, guidance, pictures(loaded), CPU), expected)
+
+
+def test_scales_are_those_that_diffusers_pipelines_draw_with(made):
+    """The defaults of their calls, of every kind that has any; latent diffusion's are the paper's."""
+    folder = PipelineFolder(made("sd1"))
+    for kind in (kind for kind in _CONDITIONERS if not kind.startswith("LDM")):
+        defaults = inspect.signature(getattr(diffusers, kind).__call__).parameters
+        expected = {"scale": defaults["guidance_scale"].default}
+        if "image_guidance_scale" in defaults:
+            expected["picture_scale"] = defaults["image_guidance_scale"].default
+        folder.kind = kind
+        assert _guidance(folder) == expected, kind
+    assert guidance_of(OwnGuidance(), load_model(made("sdxl"))).scale == 5.0
+    editing = guidance_of(OwnGuidance(scale=2.0), load_model(made("editing")))
+    assert (editing.scale, editing.picture_scale) == (2.0, 1.5)
 
 
 @pytest.mark.parametrize("scale, picture_scale", [(3.0, 1.7), (3.0, 1.0)])
