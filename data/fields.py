@@ -70,6 +70,11 @@ class Field(ABC):
         """Whether it can do without."""
         return False
 
+    @property
+    def made_of(self) -> str | None:
+        """What its values are of beside the samples' shards, for a plan to tell; None of nothing else."""
+        return None
+
     def check(self, manifests: Sequence[Manifest], store: Store) -> None:  # noqa: B027  (most have nothing to refuse)
         """Refuse columns, beside these manifests, that are not what the field takes them for, in a ConfigError."""
 

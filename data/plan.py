@@ -10,7 +10,7 @@ needs the step and the plan's fingerprint, and a run may resume on any world siz
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 
@@ -54,6 +54,7 @@ class Plan:
         seed: of the run.
         window: blocks that are shuffled together; a rank touches window * block rows per lane at a time.
         start: the step of the run at which this plan begins (another than 0 after a change of data or lanes).
+        inputs: what samples come with that is not of their shards, by name: an ingredient, too.
 
     Raises:
         ValueError: for sources that are empty, share a name or differ in buckets, and for sizes that are not positive.
@@ -67,6 +68,7 @@ class Plan:
         seed: int,
         window: int = 16,
         start: int = 0,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         for name, value in (("lanes", lanes), ("slice_size", slice_size), ("window", window)):
             if value <= 0:
@@ -82,6 +84,7 @@ class Plan:
             _warn_of_rare_buckets(source, slice_size)
         self.sources = tuple(sources)
         self.lanes, self.slice_size, self.seed, self.window, self.start = lanes, slice_size, seed, window, start
+        self.inputs = dict(inputs or {})
         self._streams = [
             SourceStream(source.compiled, mix64(seed, start, text64(source.name)), lanes, slice_size, window)
             for source in sources
@@ -138,7 +141,7 @@ class Plan:
 
     @property
     def ingredients(self) -> dict[str, str]:
-        """All that the slices depend on, by name; JSON-able."""
+        """All that the slices, and what samples come with, depend on, by name; JSON-able."""
         described = {
             "version": _VERSION,
             "lanes": self.lanes,
@@ -151,7 +154,7 @@ class Plan:
         for index, source in enumerate(self.sources):
             described[f"source {source.name}"] = f"index {index}, rows {source.compiled.fingerprint}"
             described[f"turns of {source.name}"] = f"{self._mixture.quotas[index]} of {self._mixture.round}"
-        return {name: str(value) for name, value in described.items()}
+        return {name: str(value) for name, value in (described | self.inputs).items()}
 
     @property
     def fingerprint(self) -> str:

@@ -306,7 +306,13 @@ class TarSplit:
     def plan(self, lanes: int, slice_size: int, seed: int, start: int = 0) -> Plan:
         """The plan that begins at step `start`."""
         sources = [PlanSource(name, table, self.data.sources[name].weight) for name, table in self.compiled.items()]
-        return Plan(sources, lanes, slice_size, seed, self.data.window, start)
+        inputs = {
+            f"field {field} of {name}": one.made_of
+            for name in self.compiled
+            for field, one in self.data.fields_of(name).items()
+            if one.made_of is not None
+        }
+        return Plan(sources, lanes, slice_size, seed, self.data.window, start, inputs)
 
     def loader(
         self,

@@ -82,8 +82,7 @@ class NeighbourReader:
         asked = self._config.neighbours
         found = {}
         for name, trained in self._trained.items():
-            moved = self._config.database not in (None, trained.database)
-            if moved and asked.column is None:
+            if asked.column is None and self._moved(name):
                 raise ConfigError(
                     "database: how often its entries are neighbours of training's samples is told by a column that"
                     f" `millrace retrieve database={self._config.database} neighbours_of=<training's shards>"
@@ -93,6 +92,16 @@ class NeighbourReader:
             with mistakes():
                 found[name] = proposal(count_neighbours(self._data(name, counted), counted), asked.top_m, asked.alike)
         return found
+
+    def _moved(self, name: str) -> bool:
+        """Whether neighbours are in another database than in training, wherever that lies."""
+        if self._config.database is None:
+            return False
+        try:
+            trained = self._trained[name].opened
+        except ConfigError:  # it is no longer there
+            return True
+        return trained.fingerprint != self.fields[name].opened.fingerprint
 
     def _data(self, name: str, counted: NeighbourField) -> TarData:
         """Training's, with no other field."""

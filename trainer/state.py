@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from data.plan import Plan, PlanSegments
-from trainer.checkpoint import Checkpointer, Record
+from trainer.checkpoint import Checkpointer, Record, read_record
 from trainer.ema import Ema
 from trainer.engines.base import Engine
+from trainer.neighbour_models import check_models
 from trainer.resume import resume_run, save_run
 
 log = logging.getLogger(__name__)
@@ -43,12 +44,14 @@ class RunState:
         """Take the newest whole checkpoint's state; False, and nothing changes, where there is none. Collective.
 
         Raises:
+            ConfigError: samples have neighbours in a database of another model.
             ValueError: the data plan is another than the checkpoint's, and `replan` is off.
             CheckpointError: the checkpoint does not fit this run.
         """
         path = self.checkpointer.latest().path
         if path is None:
             return False
+        check_models(read_record(path).config, self._config)
         record = resume_run(self.checkpointer, path, self.engine, self.ema, verify=False)  # `latest` has verified it
         self.segments = PlanSegments.resume(record.plan["segments"], record.step, self._plan_from, self._replan)
         self.step = record.step

@@ -25,6 +25,7 @@ from trainer.hardware import peak_flops
 from trainer.init_from import InitFrom
 from trainer.loop import Callback, Run, fit
 from trainer.meter import Meter
+from trainer.neighbour_models import with_models
 from trainer.networks import build_networks
 from trainer.objectives.base import Publishes
 from trainer.passes import Passes
@@ -130,7 +131,7 @@ def train(config: Any, world: World, resources: ExitStack) -> None:
         ema,
         policy.build(directory.checkpoints, hang.beat),
         lambda start: split.plan(lanes, slice_size, config.seed, start),
-        plain,
+        with_models(plain, data),
         data.replan,
     )
     begin(state, config.init_from, config.get("adapter"))

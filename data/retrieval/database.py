@@ -24,10 +24,16 @@ import xxhash
 from conf.errors import ConfigError
 from data.retrieval.metadata import MetadataReader
 
+UNTOLD = "the model"
 Side = Literal["image", "text"]
 SIDES: tuple[Side, ...] = ("image", "text")
 VERSION = 1
 _PREFIX = {"image": "img_emb", "text": "text_emb"}
+
+
+def same_model(one: str, other: str) -> bool | None:
+    """Whether two of `Database.model` are one; None where that is not told."""
+    return True if one == other else None if one.startswith(UNTOLD) or other.startswith(UNTOLD) else False
 
 
 def local_folder(folder: str) -> Path:
@@ -111,6 +117,12 @@ class Database:
     def sides(self) -> list[Side]:
         """What there are embeddings of."""
         return [side for side in SIDES if (self.folder / _PREFIX[side]).is_dir()]
+
+    @property
+    def model(self) -> str:
+        """Which its embeddings are of: its fingerprint. Where that is not told (clip-retrieval does not), what tells
+        the database from others."""
+        return self.told.get("model") or f"{UNTOLD} of database {self.fingerprint}"
 
     @cached_property
     def fingerprint(self) -> str:

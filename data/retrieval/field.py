@@ -1,6 +1,7 @@
 """The neighbours of samples as one of their fields: embeddings, pictures or captions."""
 
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from conf.errors import ConfigError
 from data.fields import Field, Origin
 from data.manifest import Manifest
 from data.members import ContentError
-from data.retrieval.database import Database
+from data.retrieval.database import Database, same_model
 from data.retrieval.originals import Originals
 from data.scores import read_scored
 from data.store import Store, redact
 from data.transforms import CENTER, Framing, frame
+
+log = logging.getLogger(__name__)
 
 _SHOWN = 128  # pixels of a neighbour on a contact sheet
 
@@ -34,12 +37,14 @@ class NeighbourField(Field):
         column: that `millrace retrieve` wrote.
         most_similar: neighbours of a greater cosine are left out: the sample itself, where it is in the database
             (0.999), and near-duplicates (0.95).
+        model: that the database is of, as checkpoints tell it of training's (`Database.model`); another is refused.
     """
 
     database: str
     k: int = 4
     column: str = "neighbours"
     most_similar: float | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -48,6 +53,10 @@ class NeighbourField(Field):
     @property
     def columns(self) -> list[str]:
         return [self.column, f"{self.column}_similarity"]
+
+    @property
+    def made_of(self) -> str | None:
+        return f"database {self.opened.fingerprint}"
 
     def check(self, manifests: Sequence[Manifest], store: Store) -> None:
         """Whether the columns are of this database, and both have k neighbours.
@@ -121,8 +130,24 @@ class NeighbourField(Field):
 
     @cached_property
     def opened(self) -> Database:
-        """The database."""
-        return Database(self.database)
+        """The database.
+
+        Raises:
+            ConfigError: it is of another model.
+        """
+        return self._open()
+
+    def _open(self) -> Database:
+        database = Database(self.database)
+        same = True if self.model is None else same_model(self.model, database.model)
+        if same is None:
+            log.warning("nothing tells that the database %s is of the model that training's is of", self.database)
+        elif not same:
+            raise ConfigError(
+                f"the database {self.database} holds embeddings of another model than the one that was trained with"
+                f" ({database.told.get('model_name')}): make it with training's"
+            )
+        return database
 
     @cached_property
     def _searcher(self) -> Any:
@@ -164,14 +189,8 @@ class Neighbours(NeighbourField):
     store: Store = field(default_factory=Store)
     manifest_folder: str | None = None
 
-    @cached_property
-    def opened(self) -> Database:
-        """See `NeighbourField.opened`.
-
-        Raises:
-            ConfigError: it is of another width.
-        """
-        database = Database(self.database)
+    def _open(self) -> Database:
+        database = super()._open()
         if self.width not in (None, database.width):
             raise ConfigError(
                 f"the database {self.database} has embeddings of {database.width} numbers, not of {self.width}: it"
@@ -192,7 +211,7 @@ class Neighbours(NeighbourField):
 
     def shown(self) -> Field | None:
         """See `Field.shown`: their pictures, or captions, as far as the database tells them."""
-        of = (self.database, self.k, self.column, self.most_similar)
+        of = (self.database, self.k, self.column, self.most_similar, self.model)
         if self.opened.tells_shards:
             return NeighbourPictures(*of, _SHOWN, self.store, self.manifest_folder)
         return NeighbourCaptions(*of)

@@ -1,6 +1,8 @@
 """Training with neighbours: on two ranks, under both engines, resumed to the bit, on other ranks; sampled from another
 database."""
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,11 @@ from data.store import Store
 from data.transforms import Geometry
 from models.initialization import parameter_generator
 from tests.data.curation.tiny_models import save_clip
-from tests.data.retrieval.vectors import clustered, save_database, save_index, write_neighbours
+from tests.data.retrieval.vectors import clustered, save_database, save_index, tell_model, write_neighbours
 from tests.trainer.jobs import resumed_as_whole, train_on
 from tests.trainer.task_tars import write_task_tars
 from tools import cli
-from trainer.checkpoint import load_weights
+from trainer.checkpoint import load_weights, read_record
 
 TINY = [
     *("scale=tiny", "log.wandb=null", "rehearse=false", "data.holdout=0.2", "data.log_keys=true"),
@@ -139,6 +141,51 @@ def test_columns_of_another_database_are_refused(folder: Path, tmp_path: Path):
         Neighbours(str(folder / "other")).check(manifests, Store())
     with pytest.raises(ConfigError, match=r"'mine' beside .* is not of the database"):
         Neighbours(str(folder / "database"), column="mine").check(manifests, Store())
+
+
+def test_a_run_goes_on_in_its_own_database_or_replanned_in_another_of_its_model(tmp_path: Path, capsys, caplog):
+    tars, place = tmp_path / "tars", tmp_path / "database"
+    write_task_tars(tars, 20)
+    arguments = ["train", "experiment=rdm/imagenet", *TINY, f"data.sources.drawn.shards={tars}", "name=goes_on"]
+    arguments += ["validation.every=null", "samples.every=null", f"data.fields.neighbours.database={place}"]
+    arguments += [f"runs={tmp_path}/runs", f"data.cache_folder={tmp_path}/cache", "checkpoint.every=1"]
+
+    def remade(seed: int, model: str | None) -> None:
+        """The database, by another CLIP or of other pictures, and neighbours retrieved anew."""
+        shutil.rmtree(place, ignore_errors=True)
+        database = save_index(save_database(place, [clustered(40, 32, 3, seed=seed)]))
+        write_neighbours(tars, tell_model(database, model) if model is not None else database, 8)
+
+    def goes_on(steps: int, *more: str) -> str:
+        """What is said against it; "" where it does."""
+        status = cli.execute([*arguments, f"steps={steps}", *more])
+        said = capsys.readouterr().err
+        assert status == 0 or said
+        return said if status else ""
+
+    remade(0, "b32")
+    assert not goes_on(1)
+    record = read_record(tmp_path / "runs/goes_on/checkpoints/step_00000001")
+    assert record.config["data"]["fields"]["neighbours"]["model"] == "b32"
+    shutil.move(place, tmp_path / "moved")
+    assert not goes_on(2, f"data.fields.neighbours.database={tmp_path}/moved")  # it is the same
+    shutil.rmtree(tmp_path / "moved")
+    remade(1, "b32")
+    assert "(field neighbours of drawn: database " in (said := goes_on(3)) and "data.replan=true" in said
+    remade(1, "l14")
+    refused = (
+        "data.fields.neighbours: the database .*database holds embeddings of another model than the run was trained"
+    )
+    for more in ([], ["data.replan=true"]):
+        assert re.search(refused, goes_on(3, *more))
+    remade(1, "b32")
+    assert not goes_on(3, "data.replan=true")
+    # A database that does not tell its model is told from others, and what is unknown is said.
+    remade(2, None)
+    assert "(field neighbours of drawn: database " in goes_on(4)
+    caplog.clear()
+    assert not goes_on(4, "data.replan=true")
+    assert "nothing tells that the database" in caplog.text
 
 
 def test_a_model_takes_as_many_and_as_wide_neighbours_as_it_was_made_for(folder: Path, capsys):

@@ -1,5 +1,7 @@
 """What `millrace sample` draws of where a model attends to neighbours."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from data.retrieval.field import Neighbours
 from models.conditioner import AbsentEncoder, Conditioner
 from models.conditions import NeighbourEncoder
 from models.first_stage import Identity
-from tests.data.retrieval.vectors import clustered, save_database, save_index, write_neighbours
+from tests.data.retrieval.vectors import clustered, save_database, save_index, tell_model, write_neighbours
 from tests.trainer.task_tars import write_task_tars
 from trainer.loading import Loaded
 from trainer.sample_conditions import ConditionReader, asked_for
@@ -91,6 +93,38 @@ def test_entries_of_another_database_need_a_column_or_are_all_alike(folder: Path
     vectors = Database(folder / "other").vectors(np.arange(30))
     tokens = alike.picture({"neighbours": "[29]"}, 0).fields["neighbours"]
     assert torch.equal(tokens, torch.from_numpy(vectors[[29]]))
+
+
+def test_a_database_is_of_the_model_that_was_trained_with(folder: Path, tmp_path: Path, caplog):
+    def save(name: str, model: str | None, seed: int) -> Database:
+        database = save_index(save_database(tmp_path / name, [clustered(30, 8, 4, seed=seed)]))
+        return tell_model(database, model) if model is not None else database
+
+    trained, same, other = save("trained", "b32", 1), save("same", "b32", 2), save("other", "l14", 3)
+    untold, again = save("untold", None, 4), save("again", None, 4)
+
+    def drawn(of: Database, swapped: Database) -> str:
+        """What is said of the database."""
+        model = loaded(folder)
+        fields = {"neighbours": Neighbours(str(of.folder), model=of.model)}
+        read = ConditionReader(sampled(f"database={swapped.folder}"), replace(model, fields=fields), (16, 16))
+        caplog.clear()
+        assert read.picture({"neighbours": "[29]"}, 0).fields["neighbours"].shape == (1, 8)
+        return caplog.text
+
+    assert not drawn(trained, same) and not drawn(untold, again)
+    for of, swapped in ((trained, untold), (untold, trained), (untold, save("more", None, 5))):
+        assert f"nothing tells that the database {swapped.folder} is of the model" in drawn(of, swapped)
+    with pytest.raises(ConfigError, match=r"other holds embeddings of another model than the one .* \(/models/l14\)"):
+        drawn(trained, other)
+
+
+def test_the_database_of_training_is_one_wherever_it_lies(folder: Path, tmp_path: Path, monkeypatch):
+    counted = reader(folder, "neighbours.top_m=1").completed({}, 7)
+    monkeypatch.chdir(folder)
+    copied = shutil.copytree(folder / "db", tmp_path / "copied")
+    for place in ("db", copied):
+        assert reader(folder, f"database={place}", "neighbours.top_m=1").completed({}, 7) == counted
 
 
 def test_a_database_of_another_model_or_smaller_than_k_is_refused(folder: Path):

@@ -1,5 +1,6 @@
 """Databases of vectors in clusters, without a model."""
 
+import json
 from pathlib import Path
 
 import faiss
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.index import ensure_indexed
-from data.retrieval.database import Database, embedding_path, index_path, metadata_path
+from data.retrieval.database import Database, embedding_path, index_path, metadata_path, told_path
 from data.retrieval.neighbours import columns_of
 from data.scores import Recipe, write_scores
 from data.store import Store
@@ -33,6 +34,14 @@ def save_database(folder: Path, parts: list[np.ndarray], side: str = "image") ->
         keys = [f"{i}_{row}" for row in range(len(vectors))]
         pq.write_table(pa.table({"image_path": keys, "caption": [f"caption of {key}" for key in keys]}), path)
     return Database(folder)
+
+
+def tell_model(database: Database, model: str) -> Database:
+    """As Millrace tells of a database of its own that it is of a model."""
+    told = {"version": 1, "model": model, "model_name": f"/models/{model}", "recipe": {"model": model}}
+    told["parts"] = [[part.name, f"{database.fingerprint} {part.name}"] for part in database.parts]
+    told_path(database.folder).write_text(json.dumps(told))
+    return Database(database.folder)
 
 
 def save_index(database: Database) -> Database:
