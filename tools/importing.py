@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -23,13 +23,26 @@ from trainer.networks import conditioner_learns
 from trainer.pipelines import EDITED, EDITING, autoencoder_of, config_of, denoiser_of, fields_of
 from trainer.published import beyond_diffusers
 
-# Tokenizers of the published models' text encoders, for files, which hold none.
+
+class _Published(NamedTuple):
+    """A tokenizer on the hub: its name and class, and the token that fills up captions, which encoders attend to; None:
+    the hub's own."""
+
+    place: str
+    kind: str
+    padding: str | None = None
+
+
+# Of the published models' text encoders, for files, which hold none. OpenCLIP's were trained with token 0 at the end,
+# and their folders on the hub name another.
+_OPEN_CLIP = _Published("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "CLIPTokenizer", "!")
 _TOKENIZERS = {
-    "text_encoder": ("openai/clip-vit-large-patch14", "CLIPTokenizer"),
-    "text_encoder_2": ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "CLIPTokenizer"),
-    "text_encoder_3": ("google/t5-v1_1-xxl", "T5Tokenizer"),
-    "bert": ("google-bert/bert-base-uncased", "BertTokenizer"),
+    "text_encoder": _Published("openai/clip-vit-large-patch14", "CLIPTokenizer", "<|endoftext|>"),
+    "text_encoder_2": _OPEN_CLIP,
+    "text_encoder_3": _Published("google/t5-v1_1-xxl", "T5Tokenizer"),
+    "bert": _Published("google-bert/bert-base-uncased", "BertTokenizer"),
 }
+_TOKENIZERS_OF = {"sd2": {"text_encoder": _OPEN_CLIP}}  # in the place of these
 _LAYOUT_TOKENS = 8192  # of latent diffusion's transformer over boxes
 # Settings of original files, which folders tell themselves.
 _OF_FILES = ("like", "prediction", "scaling_factor", "heads", "head_channels", "classes")
@@ -176,11 +189,10 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
             notes.append("The file has no T5: captions are read by the CLIP encoders alone.")
         else:
             raise ConfigError(f"like: {source} has no {name}; give like=<a folder of a {kind} that has one>.")
+    published = _TOKENIZERS | _TOKENIZERS_OF.get(checkpoint.kind, {})
     for name in family.components:
         if (own := tokenizer_of(name)) is not None and kind != "LDMLayoutPipeline":
-            index[own] = (
-                [None, None] if index[name] == [None, None] else _tokenizer(own, _TOKENIZERS[name], target, like)
-            )
+            index[own] = [None, None] if index[name] == [None, None] else _tokenizer(own, published[name], target, like)
     scheduler = dict(like.config("scheduler")) if like is not None else _scheduler(checkpoint, source)
     if config.prediction is not None:
         scheduler["prediction_type"] = config.prediction
@@ -308,21 +320,21 @@ def _class_of(component: str, settings: Mapping[str, Any]) -> list[str | None]:
     )
 
 
-def _tokenizer(name: str, published: tuple[str, str], target: Path, like: PipelineFolder | None) -> list[str | None]:
+def _tokenizer(name: str, published: _Published, target: Path, like: PipelineFolder | None) -> list[str | None]:
     if like is not None:
         _copy(like.path / name, target / name)
         return like.index[name]
     from transformers import AutoTokenizer
 
-    place, kind = published
+    told = {"pad_token": published.padding} if published.padding is not None else {}
     try:
-        AutoTokenizer.from_pretrained(place).save_pretrained(target / name)
+        AutoTokenizer.from_pretrained(published.place, **told).save_pretrained(target / name)
     except OSError as error:
         raise ConfigError(
-            f"like: a single file holds no tokenizer, and {place} cannot be reached; give like=<a folder of such a"
-            " pipeline>."
+            f"like: a single file holds no tokenizer, and {published.place} cannot be reached; give like=<a folder of"
+            " such a pipeline>."
         ) from error
-    return ["transformers", kind]
+    return ["transformers", published.kind]
 
 
 def _write_experiment(target: Path) -> None:

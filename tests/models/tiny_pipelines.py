@@ -148,12 +148,12 @@ def editing(folder: Path) -> Path:
     return sd1(folder, "ddim", "StableDiffusionInstructPix2PixPipeline", in_channels=8)
 
 
-def refiner(folder: Path, scheduler: str = "euler") -> Path:
+def refiner(folder: Path, scheduler: str = "euler", **options: Any) -> Path:
     """SDXL's refiner."""
     torch.manual_seed(2)
     save_clip(folder / "parts", "_2", width=12, projection=10, act="gelu")
     pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
-        unet=unet(12, projection_class_embeddings_input_dim=10 + 5 * 8, **SDXL_UNET),
+        unet=unet(12, projection_class_embeddings_input_dim=10 + 5 * 8, **SDXL_UNET, **options),
         vae=autoencoder(scaling_factor=0.13025),
         scheduler=SCHEDULERS[scheduler](),
         text_encoder=None,

@@ -185,7 +185,7 @@ def imported(originals, tokenizer, tmp_path_factory):
     def run(kind: str) -> Path:
         if not (runs / kind).exists():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(importing._TOKENIZERS, "bert", (str(tokenizer), "BertTokenizer"))
+                patch.setitem(importing._TOKENIZERS, "bert", importing._Published(str(tokenizer), "BertTokenizer"))
                 command = ["import", f"source={originals}/{kind}.ckpt", f"name={kind}", f"runs={runs}"]
                 assert cli.execute([*command, *KINDS[kind][1]]) == 0
         return runs / kind

@@ -1,0 +1,61 @@
+"""`millrace import` of what hubs have: files without tokenizers, folders of half precision, components in pickle."""
+
+import diffusers
+import pytest
+from transformers import AutoTokenizer, CLIPTokenizer
+
+from tests.models import tiny_pipelines
+from tools import cli
+
+END, ZEROTH = "<|endoftext|>", "!"
+VOCABULARY = [ZEROTH, "a", "b", "!</w>", "a</w>", "b</w>", "<|startoftext|>", END]
+
+
+def wide_autoencoder(**options) -> diffusers.AutoencoderKL:
+    """Of 32 channels, as many as the groups that files of weights do not tell."""
+    options["latent_channels"] = 4
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return diffusers.AutoencoderKL(block_out_channels=(32, 32), layers_per_block=1, **kinds, **options)
+
+
+WIDE = {"block_out_channels": (64, 128)}
+FILES = {
+    "sd1": (lambda folder: tiny_pipelines.sd1(folder, **WIDE), [], {"tokenizer": END}),
+    "sd2": (
+        lambda folder: tiny_pipelines.sd1(folder, use_linear_projection=True, **WIDE),
+        ["prediction=epsilon"],
+        {"tokenizer": ZEROTH},
+    ),
+    "sdxl": (lambda folder: tiny_pipelines.sdxl(folder, **WIDE), [], {"tokenizer": END, "tokenizer_2": ZEROTH}),
+    "refiner": (lambda folder: tiny_pipelines.refiner(folder, **WIDE), [], {"tokenizer_2": ZEROTH}),
+    "sd3": (
+        lambda folder: tiny_pipelines.sd3(
+            folder, attention_head_dim=64, num_attention_heads=1, caption_projection_dim=64
+        ),
+        [],
+        {"tokenizer": END, "tokenizer_2": ZEROTH},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_tokenizers_of_files_fill_up_as_their_encoders_were_trained(kind, tmp_path, monkeypatch):
+    """OpenCLIP's with token 0, as the published folders of Stable Diffusion 2, XL and 3 have it."""
+    make, more, expected = FILES[kind]
+    monkeypatch.setattr(tiny_pipelines, "autoencoder", wide_autoencoder)
+    folder, file = make(tmp_path), tmp_path / "original.safetensors"
+    assert cli.execute(["export", f"source={folder}", f"out={file}"]) == 0
+    hub, real = tmp_path / "hub", AutoTokenizer.from_pretrained
+    # With a padding token of its own, as laion's folders have.
+    CLIPTokenizer({token: i for i, token in enumerate(VOCABULARY)}, [], pad_token=END).save_pretrained(hub)
+
+    def from_pretrained(place, **options):
+        return real(hub if "CLIP" in place or "clip" in place else folder / "tokenizer_3", **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+        assert cli.execute(["import", f"source={file}", "name=it", f"runs={tmp_path}/runs", *more]) == 0
+    for name, token in expected.items():
+        tokenizer = real(tmp_path / "runs/it" / name)
+        ids = tokenizer(["a"], padding="max_length", max_length=5).input_ids[0]
+        assert (tokenizer.pad_token, ids) == (token, [6, 4, 7, *[VOCABULARY.index(token)] * 2]), name
