@@ -7,6 +7,7 @@ modules, in the layout of the peft library, which diffusers reads.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,7 +208,7 @@ class Adapter:
 
     Args:
         down, up: A (rank, in) and B (out, rank) of each module; convolutions have two more dimensions.
-        alphas: of each module.
+        alphas: of each module, whose factor is alpha / rank.
     """
 
     down: dict[str, Tensor]
@@ -377,12 +378,31 @@ def load_adapters(folder: str | Path) -> dict[str, Adapter]:
         raise ValueError(f"{file} is no LoRA in peft's names: it has {some(unknown or source.names())}")
     for component, adapter in found.items():
         prefixes = ("unet.", "transformer.", "") if component == DENOISER else (f"{component}.",)
-        told = {key: config[p + key] for p in prefixes for key in ("lora_alpha", "alpha_pattern") if p + key in config}
+        keys = ("lora_alpha", "alpha_pattern", "use_rslora")
+        told = {key: config[p + key] for p in prefixes for key in keys if p + key in config}
         for module, down in adapter.down.items():
-            patterns = (told.get("alpha_pattern") or {}).items()
-            own = next((alpha for end, alpha in patterns if f".{module}".endswith(f".{end}")), None)
-            adapter.alphas.setdefault(module, float(own or told.get("lora_alpha", len(down))))
+            if module not in adapter.alphas:
+                own = _matching(told.get("alpha_pattern") or {}, module, file)
+                adapter.alphas[module] = float(told.get("lora_alpha", len(down)) if own is None else own)
+            if told.get("use_rslora"):
+                # Rank-stabilized (Kalajdzievski 2023, arXiv 2312.03732): alpha / sqrt(rank), which is told as an alpha.
+                adapter.alphas[module] *= len(down) ** 0.5
     return found
+
+
+def _matching(patterns: Mapping[str, float], module: str, file: Path) -> float | None:
+    """What peft's patterns say of a module: regular expressions of its name or of an end after a dot; the first counts.
+
+    Raises:
+        ValueError: one is none.
+    """
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise ValueError(f"{file}: alpha_pattern {pattern!r} is no regular expression: {error}") from error
+    return None
 
 
 def _split(name: str) -> tuple[str, str]:

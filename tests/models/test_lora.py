@@ -93,7 +93,7 @@ def test_alphas_of_files_count(made, tmp_path):
     network = adapted(made("sd1"))
     adapter = Adapter.of(network, dict(network.named_parameters()))
     save_adapters({DENOISER: adapter}, tmp_path, "unet", "base")
-    # Patterns among the settings, by ends of modules' names.
+    # Patterns among the settings, of ends of modules' names.
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"alpha_pattern": {"attn1.to_q": 1.5}}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
     own = Adapter.load(tmp_path / PEFT_FILE).alphas
@@ -201,6 +201,70 @@ outputs = {"context": encoded[0].contiguous(), "pooled": encoded[2].contiguous()
 save_file(outputs, out + "/outputs.safetensors")
 print(json.dumps(True))
 """
+
+
+_OF_PEFT = """
+import json, sys, torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+base, out, settings = sys.argv[1:]
+unet = UNet2DConditionModel.from_pretrained(base)
+torch.manual_seed(0)
+config = LoraConfig(**json.loads(settings))
+wrapped = get_peft_model(unet, config)
+for key, parameter in wrapped.named_parameters():
+    if "lora_" in key:
+        torch.nn.init.normal_(parameter, std=0.2)
+wrapped.save_pretrained(out + "/peft")
+fresh = UNet2DConditionModel.from_pretrained(base)
+fresh.add_adapter(config)
+named = {k.replace(".default", ""): v for k, v in wrapped.named_parameters() if "lora_" in k}
+own = dict(fresh.named_parameters())
+for key, value in named.items():
+    own["".join(key.removeprefix("base_model.model.").rsplit(".weight", 1)) + ".default.weight"].data.copy_(value)
+fresh.save_lora_adapter(out + "/diffusers")
+before = {name: value.clone() for name, value in UNet2DConditionModel.from_pretrained(base).state_dict().items()}
+merged = wrapped.merge_and_unload().state_dict()
+save_file({name: merged[name] - before[name] for name in before}, out + "/changes.safetensors")
+print(json.dumps(True))
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"attn1.to_q": 1, r".*\.\d+\.attn2\.to_[qv]": 0, "to_q": 9, "q": 30}},
+        {"use_rslora": True, "rank_pattern": {"attn2.to_(q|v)": 2}, "alpha_pattern": {"attn1.to_v|conv1": 5}},
+    ],
+    ids=["rslora", "patterns", "both"],
+)
+@torch.no_grad()
+def test_factors_are_those_that_peft_merges_by(settings, made, tmp_path, tmp_path_factory):
+    """Rank-stabilized ones, and those of single modules, in peft's files and in the header of diffusers'."""
+    libraries, unet = install(tmp_path_factory.getbasetemp() / "peft", "peft"), made("sd1") / "unet"
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["to_q", "to_v", "conv1"], **settings}
+    ask(libraries, _OF_PEFT, str(unet), str(tmp_path), json.dumps(settings))
+    expected = load_file(tmp_path / "changes.safetensors")
+    for folder in ("peft", "diffusers"):
+        network, before = load(unet), load(unet)
+        Adapter.load(tmp_path / folder).merge_into(network)
+        changes = {name: tensor - before.state_dict()[name] for name, tensor in network.state_dict().items()}
+        theirs = {k: v for name, change in changes.items() for k, v in network.to_diffusers(name, change).items()}
+        assert theirs.keys() == expected.keys()
+        for name, change in expected.items():
+            torch.testing.assert_close(theirs[name], change, rtol=1e-3, atol=1e-5, msg=f"{folder}: {name}")
+    assert sum(bool(change.any()) for change in expected.values()) > 4
+
+
+def test_a_pattern_that_is_none_is_named_with_its_file(made, tmp_path):
+    network = adapted(made("sd1"))
+    save_adapters({DENOISER: Adapter.of(network, dict(network.named_parameters()))}, tmp_path, "unet", "base")
+    settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"alpha_pattern": {"(to_q": 1.5}}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"{PEFT_FILE}: alpha_pattern '\(to_q' is no regular expression"):
+        Adapter.load(tmp_path / PEFT_FILE)
 
 
 @torch.no_grad()
