@@ -160,11 +160,13 @@ class ConditionMap(nn.Module, ABC):
         reads: names of what it needs: "images", "captions", or fields.
         channels: that it gives.
         learned: whether it has weights, trained with the denoiser.
+        folder: with weights that it starts from; None: drawn.
     """
 
     reads: tuple[str, ...]
     channels: int
     learned: bool = False
+    folder: str | None = None
 
     @abstractmethod
     def forward(self, given: Given) -> Tensor:

@@ -9,6 +9,7 @@ neighbours, and maps that are laid beside the noisy latent.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -58,16 +59,9 @@ class ClassEncoder(LearnedEncoder):
 
     def check_folder(self) -> None:
         """See `LearnedEncoder.check_folder`."""
-        if self.folder is None:
-            return
-        folder, name = ComponentFolder(self.folder), "embedding.weight"
-        if name not in folder.names:
-            raise ValueError(f"{folder.path} lacks {name}")
-        if folder.shape(name) not in [(self.nothing + none, self.width) for none in (0, 1)]:
-            raise ValueError(
-                f"{folder.path}: {name} is {folder.shape(name)}, where {self.nothing} classes of width {self.width} are"
-                " told"
-            )
+        if self.folder is not None:
+            shapes = [(self.nothing + none, self.width) for none in (0, 1)]
+            _check_shape(ComponentFolder(self.folder), "embedding.weight", shapes)
 
 
 class NeighbourEncoder(Encoder):
@@ -146,13 +140,14 @@ class SemanticMap(ConditionMap):
         classes: labels, from 0 to below this. COCO-Stuff has 182.
         channels: that each becomes.
         field: of the samples, with labels (n, H, W).
+        folder: with the colours that it starts from, as `millrace import` writes them; None draws them at random.
     """
 
     learned = True
 
-    def __init__(self, classes: int = 182, channels: int = 3, field: str = "map") -> None:
+    def __init__(self, classes: int = 182, channels: int = 3, field: str = "map", folder: str | None = None) -> None:
         super().__init__()
-        self.reads, self.channels, self.classes = (field,), channels, classes
+        self.reads, self.channels, self.classes, self.folder = (field,), channels, classes, folder
         self.colours = nn.Embedding(classes, channels)
 
     def forward(self, given: Given) -> Tensor:
@@ -162,10 +157,23 @@ class SemanticMap(ConditionMap):
         return _averaged(colours.permute(0, 3, 1, 2), given)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Uniform, as torch's own for a convolution of 1x1 from one-hot labels."""
+        """From the folder if there is one; else uniform, as torch's own for a convolution of 1x1 from one-hot labels.
+
+        Raises:
+            ValueError: the folder holds colours of another number.
+        """
         with torch.no_grad():
+            if self.folder is not None:
+                self.check_folder()
+                tensor.copy_(ComponentFolder(self.folder).read(name))
+                return
             bound = self.classes**-0.5
             tensor.uniform_(-bound, bound, generator=generator)
+
+    def check_folder(self) -> None:
+        """See `LearnedEncoder.check_folder`."""
+        if self.folder is not None:
+            _check_shape(ComponentFolder(self.folder), "colours.weight", [tuple(self.colours.weight.shape)])
 
 
 class OneHotMap(ConditionMap):
@@ -279,6 +287,14 @@ class MaskedPicture(ConditionMap):
         latent = _encoded(pixels, given, self.channels - 1)
         hole = interpolate(mask.float(), size=latent.shape[2:], mode="nearest")
         return torch.cat([latent, hole * 2 - 1] if self.form == "ldm" else [hole, latent], dim=1)
+
+
+def _check_shape(folder: ComponentFolder, name: str, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Whether a folder has a tensor of one of the shapes, in a ValueError that names it."""
+    if name not in folder.names:
+        raise ValueError(f"{folder.path} lacks {name}")
+    if folder.shape(name) not in shapes:
+        raise ValueError(f"{folder.path}: {name} is {folder.shape(name)}, not {' or '.join(map(str, shapes))}")
 
 
 def _size(given: Given) -> tuple[int, int]:

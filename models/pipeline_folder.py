@@ -119,7 +119,7 @@ def stem_of(component: str) -> str:
 
 def is_network(component: str) -> bool:
     """Whether a component of the pipelines that are known holds weights that count."""
-    return component in ("unet", "transformer", "vae", "vqvae", "class_embedder") or is_text(component)
+    return component in ("unet", "transformer", "vae", "vqvae", "class_embedder", "map_embedder") or is_text(component)
 
 
 def tokenizer_of(component: str) -> str | None:

@@ -16,6 +16,7 @@ from conf.errors import ConfigError
 from conf.schema import build
 from models.autoencoder import AutoencoderKL
 from models.clip import CLIP
+from models.conditions import SemanticMap
 from models.first_stage import FirstStage
 from models.lora import DENOISER, save_adapters
 from models.original.checkpoint import family_of, to_original
@@ -198,7 +199,8 @@ def _write_model(loaded: Loaded, folder: Path, config: Any) -> list[str]:
         index["force_zeros_for_empty_prompt"] = conditioner.dropped == "zeros"
     index[part] = ["diffusers", denoiser.diffusers_class]
     index[first] = ["diffusers", autoencoder.diffusers_class]
-    for name, encoder in zip(TEXT_ENCODERS[kind], conditioner.numbered(), strict=True):
+    making = [*conditioner.numbered(), *(one for one in conditioner.map_list() if one.learned)]
+    for name, encoder in zip(TEXT_ENCODERS[kind], making, strict=True):
         if encoder.learned:
             index |= _save_learned(encoder, folder, name, config)
             continue
@@ -265,15 +267,18 @@ def _save_text(
 
 
 def _save_learned(encoder: Any, folder: Path, name: str, config: Any) -> dict[str, Any]:
-    """An encoder of latent diffusion that was trained with the denoiser, and its tokenizer; returns their entries of
-    model_index.json."""
+    """What makes conditions of latent diffusion and was trained with the denoiser, and its tokenizer; returns their
+    entries of model_index.json."""
     state = dict(encoder.named_parameters())
     layout = {key: converted(Meta(t.dtype, tuple(t.shape)), config.dtype) for key, t in state.items()}
     write_stem(folder / name, stem_of(name), layout, state.items(), config.shard_bytes)
     if not isinstance(encoder, TransformerEncoder):
-        told = {"_class_name": "ClassEmbedder", "classes": encoder.nothing, "width": encoder.width}
+        if isinstance(encoder, SemanticMap):
+            told = {"_class_name": "MapEmbedder", "classes": encoder.classes, "channels": encoder.channels}
+        else:
+            told = {"_class_name": "ClassEmbedder", "classes": encoder.nothing, "width": encoder.width}
         write_json(folder / name / "config.json", told)
-        return {name: ["millrace", "ClassEmbedder"]}
+        return {name: ["millrace", told["_class_name"]]}
     write_json(folder / name / "config.json", encoder.ldm_bert_config())
     index: dict[str, Any] = {name: ["latent_diffusion", "LDMBertModel"]}
     if isinstance(encoder, BertTextEncoder):

@@ -117,13 +117,21 @@ def _check(folder: PipelineFolder) -> None:
         ValueError: it is not, or does not.
     """
     config = config_of(folder)
-    for component in (denoiser_of(folder), autoencoder_of(folder)):
-        component.check(component.on_meta())
-    if conditioner_learns(config["conditioner"]):
-        with torch.device("meta"):
-            conditioner = build(config["conditioner"])
-        for encoder in conditioner.numbered():
-            encoder.check_folder()
+    denoiser: Any = denoiser_of(folder).on_meta()
+    denoiser_of(folder).check(denoiser)
+    autoencoder_of(folder).check(autoencoder_of(folder).on_meta())
+    if not folder.kind.startswith("LDM"):
+        return
+    with torch.device("meta"):
+        conditioner = build(config["conditioner"])
+    for part in (*conditioner.numbered(), *conditioner.map_list()):
+        if part.learned:
+            part.check_folder()
+    gives = {"concat_channels": conditioner.concat_channels}
+    gives |= denoiser.condition_keys(conditioner.context_dim, conditioner.pooled_dim)
+    for key, given in gives.items():
+        if denoiser.config[key] != given:
+            raise ValueError(f"its UNet has {key}={denoiser.config[key]}, but what makes its conditions gives {given}")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -304,7 +312,7 @@ def _kind(checkpoint: OriginalCheckpoint, given: Mapping[str, Any]) -> str:
     if checkpoint.kind == "ldm_text":
         bert = checkpoint.components.get("bert") or given.get("bert", {})
         return "LDMLayoutPipeline" if bert.get("vocab_size") == _LAYOUT_TOKENS else pipeline
-    if beside <= 0 or "Img2Img" in pipeline:
+    if beside <= 0 or "Img2Img" in pipeline or checkpoint.kind == "ldm_map":
         return pipeline
     return pipeline.replace("Pipeline", "InpaintPipeline") if beside == out + 1 else EDITING
 
@@ -313,7 +321,7 @@ def _class_of(component: str, settings: Mapping[str, Any]) -> list[str | None]:
     """A component's entry in model_index.json."""
     if component == "bert":
         return ["latent_diffusion", "LDMBertModel"]
-    if component == "class_embedder":
+    if component in ("class_embedder", "map_embedder"):
         return ["millrace", settings["_class_name"]]
     return (
         ["transformers", settings["architectures"][0]] if is_text(component) else ["diffusers", settings["_class_name"]]

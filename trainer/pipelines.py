@@ -77,7 +77,10 @@ def autoencoder_of(folder: PipelineFolder) -> ComponentFolder:
 def fields_of(folder: PipelineFolder) -> dict[str, Node]:
     """Fields that samples of a pipeline's networks come with, as data sets of these usually have them."""
     if folder.kind == "LDMClassPipeline":
-        return {"class": {"_target_": "data.fields.Label", "column": None, "member": "cls"}}
+        classes = folder.config("class_embedder")["classes"]
+        return {"class": {"_target_": "data.fields.Label", "column": None, "member": "cls", "classes": classes}}
+    if folder.kind == "LDMSemanticPipeline":
+        return {"map": {"_target_": "data.fields.LabelMap", "member": "seg.png"}}
     if folder.kind == "LDMLayoutPipeline":
         return {"boxes": {"_target_": "data.fields.Boxes", "column": "boxes"}}
     if folder.kind == EDITING:
@@ -203,6 +206,12 @@ def _ldm_class(folder: PipelineFolder, model: Node) -> Node:
     return _conditioner([{"_target_": "models.conditions.ClassEncoder", **sizes}], "empty")
 
 
+def _ldm_semantic(folder: PipelineFolder, model: Node) -> Node:
+    told = folder.config("map_embedder")
+    sizes = {"classes": told["classes"], "channels": told["channels"], "folder": str(folder.path / "map_embedder")}
+    return _conditioner([], "zeros", maps=[{"_target_": "models.conditions.SemanticMap", **sizes}])
+
+
 def _ldm_super_resolution(folder: PipelineFolder, model: Node) -> Node:
     # What lies beside the latent are pixels, as many: the picture's sides are divided by what the first stage divides.
     factor = 2 ** (len(ComponentFolder(folder.path / folder.autoencoder).config["block_out_channels"]) - 1)
@@ -223,6 +232,7 @@ _CONDITIONERS: Mapping[str, Callable[[PipelineFolder, Node], Node]] = {
     "LDMClassPipeline": _ldm_class,
     "LDMInpaintPipeline": _ldm_inpainting,
     "LDMLayoutPipeline": _ldm_layout,
+    "LDMSemanticPipeline": _ldm_semantic,
     "StableDiffusionPipeline": _sd,
     "StableDiffusionImg2ImgPipeline": _sd,
     "StableDiffusionInpaintPipeline": _sd,

@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 from models import schedules
 from models.conditioner import AbsentEncoder, Conditioner, ConditionMap, Encoder
-from models.conditions import ClassEncoder, LowResolution, MaskedPicture, PictureMap
+from models.conditions import ClassEncoder, LowResolution, MaskedPicture, PictureMap, SemanticMap
 from models.layout import LayoutEncoder
 from models.text import ClipEncoder, T5Encoder
 from models.token_transformer import BertTextEncoder
 from trainer.pipelines import BETA_SCHEDULES, EDITING, PREDICTIONS
 
-# Pipelines by diffusers' class, and ours that it has none for: components of the encoders, in the conditioner's order.
+# Pipelines by diffusers' class, and ours that it has none for: components of what makes
+# conditions, in the conditioner's order.
 TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
     "LDMPipeline": (),
     "LDMSuperResolutionPipeline": (),
@@ -20,6 +21,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
     "LDMTextToImagePipeline": ("bert",),
     "LDMLayoutPipeline": ("bert",),
     "LDMClassPipeline": ("class_embedder",),
+    "LDMSemanticPipeline": ("map_embedder",),
     "StableDiffusionPipeline": ("text_encoder",),
     "StableDiffusionInpaintPipeline": ("text_encoder",),
     EDITING: ("text_encoder",),
@@ -28,7 +30,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
     "StableDiffusionXLImg2ImgPipeline": ("text_encoder_2",),
     "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2", "text_encoder_3"),
 }
-OURS = {"LDMInpaintPipeline", "LDMLayoutPipeline", "LDMClassPipeline"}
+OURS = {"LDMInpaintPipeline", "LDMLayoutPipeline", "LDMClassPipeline", "LDMSemanticPipeline"}
 # Latent diffusion's, by the one encoder.
 _OF_LDM: Mapping[type[Encoder], str] = {
     BertTextEncoder: "LDMTextToImagePipeline",
@@ -110,6 +112,8 @@ def _of_ldm(denoiser: Any, conditioner: Conditioner) -> str | None:
         return None
     if not maps:
         return "LDMPipeline"
+    if isinstance(maps[0], SemanticMap):
+        return "LDMSemanticPipeline"
     if isinstance(maps[0], MaskedPicture) and maps[0].form == "ldm":
         return "LDMInpaintPipeline"
     plain = isinstance(maps[0], LowResolution) and not maps[0].noise

@@ -1,5 +1,5 @@
 """Whole systems in one file, in their authors' layout: Stable Diffusion 1, 2, XL, its refiner and 3; latent diffusion's
-own of text, of classes, and of pictures beside the latent or nothing; and its autoencoders alone.
+own of text, classes, maps, and of pictures beside the latent or nothing; and its autoencoders alone.
 
 A family is a pipeline of diffusers' and a list of components: what tensors they begin with, how these are named
 (models/original/names.py), and what configuration follows from them (models/original/configs.py).
@@ -167,6 +167,17 @@ FAMILIES = {
         _DDIM_OF_LDM,
         {},
     ),
+    "ldm_map": Family(
+        "LDMSemanticPipeline",
+        "cond_stage_model.channel_mapper.",
+        {
+            "unet": Component(_UNET, configs.unet_of_ldm, names.unet),
+            "vqvae": Component(_FIRST, configs.first_stage(None), names.autoencoder),
+            "map_embedder": Component("cond_stage_model.", configs.maps, names.maps),
+        },
+        _DDIM_OF_LDM,
+        {},
+    ),
     "ldm": Family(
         "LDMPipeline",
         PLAIN,
@@ -318,7 +329,7 @@ class OriginalCheckpoint:
 def family_of(pipeline: PipelineFolder) -> str:
     """The family of a pipeline in diffusers' layout."""
     if pipeline.kind.startswith("LDM"):
-        own = {"bert": "ldm_text", "class_embedder": "ldm_class"}
+        own = {"bert": "ldm_text", "class_embedder": "ldm_class", "map_embedder": "ldm_map"}
         return next((kind for component, kind in own.items() if component in pipeline.components), "ldm")
     if "StableDiffusion3" in pipeline.kind:
         return "sd3"

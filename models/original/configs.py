@@ -330,6 +330,12 @@ def classes(shapes: Shapes) -> dict[str, Any]:
     return {"_class_name": "ClassEmbedder", "classes": 1000 if rows in (1000, 1001) else None, "width": width}
 
 
+def maps(shapes: Shapes) -> dict[str, Any]:
+    """Of latent diffusion's labels of maps, a colour each."""
+    channels, labels, *_ = shapes["channel_mapper.weight"]
+    return {"_class_name": "MapEmbedder", "classes": labels, "channels": channels}
+
+
 def scaled_linear(betas: Tensor) -> dict[str, Any]:
     """Settings of a scheduler, of the noise schedule that a file holds.
 

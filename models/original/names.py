@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 # same; halves: the two halves the other way round (scale and shift); matrix: a 1 x 1 convolution that diffusers has as
-# a matrix; line: the same of a convolution along one dimension; transposed: a matrix, the other way round.
-Form = Literal["same", "halves", "matrix", "line", "transposed"]
+# a matrix; line: the same of a convolution along one dimension; transposed: a matrix, the other way round; columns:
+# a 1 x 1 convolution that is a matrix the other way round.
+Form = Literal["same", "halves", "matrix", "line", "transposed", "columns"]
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,11 @@ def classes(config: Mapping[str, Any]) -> list[Row]:
     return _rows({"embedding": "embedding"})
 
 
+def maps(config: Mapping[str, Any]) -> list[Row]:
+    """Of latent diffusion's labels of maps, a colour each."""
+    return _rows({"channel_mapper": "colours"}, {"channel_mapper": "columns"})
+
+
 # OpenCLIP's text encoder (Stable Diffusion 2 and XL).
 
 _OPEN_CLIP = {
@@ -382,15 +388,15 @@ class SameNames(Names):
 
 
 def _from_original(tensor: Tensor, row: Row, leaf: str) -> Tensor:
-    if row.form in ("matrix", "line") and leaf == ".weight":
+    if row.form in ("matrix", "line", "columns") and leaf == ".weight":
         tensor = tensor.flatten(1)
     return _turned(_restacked(tensor, row.heads, len(row.parts)), row.form)
 
 
 def _to_original(tensor: Tensor, row: Row, leaf: str) -> Tensor:
     tensor = _turned(_restacked(tensor, len(row.parts), row.heads), row.form)
-    if row.form in ("matrix", "line") and leaf == ".weight":
-        return tensor[:, :, None, None] if row.form == "matrix" else tensor[:, :, None]
+    if row.form in ("matrix", "line", "columns") and leaf == ".weight":
+        return tensor[:, :, None] if row.form == "line" else tensor[:, :, None, None]
     return tensor
 
 
@@ -405,7 +411,7 @@ def _turned(tensor: Tensor, form: Form) -> Tensor:
     """What undoes itself."""
     if form == "halves":
         return torch.cat(tensor.chunk(2)[::-1])
-    return tensor.T if form == "transposed" else tensor
+    return tensor.T if form in ("transposed", "columns") else tensor
 
 
 def _rows(

@@ -64,6 +64,11 @@ KINDS = {
         "LDMClassPipeline",
     ),
     "text": (PLAIN | {"use_spatial_transformer": True, "context_dim": 40}, [], "LDMTextToImagePipeline"),
+    "semantic": (
+        PLAIN | {"in_channels": 6, "num_head_channels": -1, "num_heads": 2, "attention_resolutions": []},
+        ["heads=2"],
+        "LDMSemanticPipeline",
+    ),
     "layout": (PLAIN | {"use_spatial_transformer": True, "context_dim": 16}, [], "LDMLayoutPipeline"),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -124,6 +129,8 @@ class System(torch.nn.Module):
             size = dict(num_tokens=11, max_seq_len=10) if kind == "text" else dict(num_tokens=8192, max_seq_len=92)
             layers = Layers(dim=settings["context_dim"], depth=2 if kind == "text" else 1)
             self.cond_stage_model.transformer = TransformerWrapper(attn_layers=layers, **size)
+        if kind == "semantic":
+            self.cond_stage_model.channel_mapper = torch.nn.Conv2d(5, 3, 1, bias=False)
         if kind == "inpainting":
             self.cond_stage_model = self.first_stage_model
 
@@ -146,12 +153,17 @@ with torch.no_grad():
         if kind == "layout":
             boxes = torch.randint(8192, (2, 92))
             context = system.cond_stage_model.transformer(boxes, return_embeddings=True)
+        if kind == "semantic":
+            labels = torch.randint(5, (2, 16, 16))
+            halved = torch.nn.functional.one_hot(labels, 5).movedim(-1, 1).float()
+            halved = torch.nn.functional.interpolate(halved, scale_factor=0.5, mode="bilinear")
+            x[:, 3:] = system.cond_stage_model.channel_mapper(halved)
         predicted = system.model.diffusion_model(x, times, context=context)
         latents = system.first_stage_model.encode(images)
         given = dict(images=images, x=x, times=times, predicted=predicted, latents=latents)
         given |= dict(decoded=system.first_stage_model.decode(latents))
         given |= {} if context is None else dict(context=context)
-        given |= dict(boxes=boxes) if kind == "layout" else {}
+        given |= dict(boxes=boxes) if kind == "layout" else dict(labels=labels) if kind == "semantic" else {}
         torch.save(given, f"{out}/{kind}.pt")
 print(json.dumps(len(kinds)))
 """
@@ -218,6 +230,9 @@ def test_imported_networks_give_what_the_authors_do(kind, originals, imported):
     if context is not None:
         close(context, told["context"])
     x, beside = told["x"][:, :3], told["x"][:, 3:]
+    if kind == "semantic":
+        given = Given(["", ""], (16, 16), fields={"map": told["labels"]}, first_stage=first_stage)
+        close(conditioner(given)["concat"], beside)
     predicted = denoiser(x, told["times"], context=context, concat=beside if beside.numel() else None)
     assert told["predicted"].std() > 0.1
     close(predicted, told["predicted"])
@@ -292,6 +307,7 @@ def test_the_authors_file_comes_back(kind, originals, imported, tmp_path):
         ("churches", [], {"unet"}),
         ("class", ["fields.class=[1,3]"], {"unet", "class_embedder"}),
         ("text", ["prompts=[a red circle]"], {"unet", "bert"}),
+        ("semantic", ["fields.map=[{map}]"], {"unet", "map_embedder"}),
         ("layout", ["fields.boxes=['[[4,4,8,8,1]]']"], {"unet", "bert"}),
         ("super_resolution", ["fields.low_resolution=[{low}]"], {"unet"}),
     ],
@@ -316,7 +332,8 @@ def test_it_is_trained_on_sampled_and_exported(kind, told, trained, imported, tm
     assert changed == trained
     # Both are sampled from, and draw the same.
     Image.new("RGB", (8, 8), "red").save(tmp_path / "low.png")
-    told = [one.format(low=tmp_path / "low.png") for one in told]
+    Image.new("L", (16, 16), 2).save(tmp_path / "map.png")
+    told = [one.format(low=tmp_path / "low.png", map=tmp_path / "map.png") for one in told]
     told += ["sampler.steps=2", "height=16", "width=16", "seed=3"]
     pictures = []
     for source in (run, out):
@@ -330,6 +347,9 @@ def test_classes_without_a_vector_for_none_are_told_of(originals, tmp_path, caps
     command = ["import", f"source={originals}/class.ckpt", "name=it", f"runs={tmp_path}", "heads=1", "classes=6"]
     assert cli.execute(command) == 0
     assert "without guidance" in capsys.readouterr().out
+    sample = ["sample", f"source={tmp_path}/it", f"out={tmp_path}/out", "fields.class=[6]"]
+    assert cli.execute(sample) == 2
+    assert "fields.class: 6" in capsys.readouterr().err
     loaded = load_model(tmp_path / "it")
     assert loaded.config["guidance"]["scale"] == 1.0
     conditioner = loaded.networks["conditioner"]
@@ -366,7 +386,7 @@ def test_an_average_beside_the_weights_is_told_of(originals, tmp_path, capsys):
         ("ldm", "betas", {}, [], "betas"),
         ("ldm", "model.diffusion_model.out.2.weight", {}, [], "model.diffusion_model.out.2.weight"),
         ("ldm", "first_stage_model.decoder.conv_in.bias", {}, [], "decoder.conv_in.bias"),
-        ("ldm", None, {"cond_stage_model.channel_mapper.weight": (3, 182, 1, 1)}, [], "channel_mapper.weight"),
+        ("ldm", None, {"cond_stage_model.proj.weight": (3, 182)}, [], "cond_stage_model.proj.weight"),
         ("ldm", None, {"model.diffusion_model.input_blocks.0.0.weight": (32, 5, 3, 3)}, [], "input_blocks.0.0.weight"),
         ("ldm", None, {"betas": (1000,)}, [], "betas"),
         ("ldm", None, {}, ["heads=5"], "heads=5"),
@@ -375,6 +395,8 @@ def test_an_average_beside_the_weights_is_told_of(originals, tmp_path, capsys):
         ("class", None, {}, [], "classes: "),
         ("class", "cond_stage_model.embedding.weight", {}, [], "attn2.to_k.weight"),
         ("class", None, {}, ["classes=9"], "embedding.weight is (6, 24)"),
+        ("semantic", None, {"cond_stage_model.channel_mapper.weight": (2, 5, 1, 1)}, [], "concat_channels=3"),
+        ("class", None, {"cond_stage_model.embedding.weight": (6, 8)}, ["classes=5"], "cross_attention_dim=24"),
         ("layout", "cond_stage_model.transformer.norm.bias", {}, [], "model.layer_norm.bias"),
         ("text", "cond_stage_model.transformer.pos_emb.emb.weight", {}, [], "transformer.pos_emb.emb.weight"),
     ],

@@ -102,8 +102,8 @@ def planned_conditioner(config: Any, held: bool) -> PlannedConditioner:
     if conditioner_learns(config):
         with torch.device("meta"):
             learned = build(OmegaConf.merge(config, {"_target_": f"{__name__}.{PlannedConditioner.__name__}"}))
-        for encoder in learned.numbered():
-            encoder.folder = None
+        for part in (*learned.numbered(), *learned.map_list()):
+            part.folder = None
         return learned
     if issubclass(target(config["_target_"], "conditioner"), CaptionConditioner):  # type: ignore[arg-type]
         encoders: list[Encoder] = [_t5(_local_t5(config), config.length, pooled=True)]
