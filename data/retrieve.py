@@ -29,7 +29,7 @@ from data.retrieval.database import (
 )
 from data.retrieval.embedding import Embedding, PartWriter, part_names
 from data.retrieval.index import IndexBuilder, IndexSettings, Searcher
-from data.retrieval.neighbours import due, find_neighbours, recipe_of
+from data.retrieval.neighbours import OwnRows, due, find_neighbours, recipe_of
 from data.store import Store, redact, remove_leftovers
 from data.tasks import Tasks, run_tasks
 from data.tracking import LogConfig, RunLog, job_log
@@ -47,6 +47,7 @@ class Config:
         neighbours_of: shards whose samples get a column of neighbours; null: none.
         column: its name.
         k: how many neighbours.
+        without_itself: leave out of a sample's neighbours its own picture, and patches of it.
         query: a text, or a picture's file, whose `k` nearest pictures a contact sheet shows; null: none.
         out: that sheet, a PNG.
         report: a folder, or URL of one, for a page of neighbours of random samples, recall and latency; null: none.
@@ -69,6 +70,7 @@ class Config:
     neighbours_of: str | list[str] | None = None
     column: str = "neighbours"
     k: int = 20
+    without_itself: bool = False
     query: str | None = None
     out: str = "retrieved.png"
     report: str | None = None
@@ -119,8 +121,9 @@ def run(config: Config) -> None:
                 database.check_model(one.fingerprint(), one.model)
                 if config.k > database.rows:
                     raise ConfigError(f"k={config.k} neighbours of a database of {database.rows} rows: choose fewer")
-                is_due = due(asked, config.column, recipe_of(database, one, config.k), store)
-            work = partial(find_neighbours, asked, is_due, database, one, config.column, config.k, store)
+                own = OwnRows(database) if config.without_itself else None
+                is_due = due(asked, config.column, recipe_of(database, one, config.k, own is not None), store)
+            work = partial(find_neighbours, asked, is_due, database, one, config.column, config.k, own, store)
             run_tasks(work, tasks, tasks.totals([m.rows for m in asked]), "neighbours", log)
         if whole and (config.query or config.report):
             with mistakes():

@@ -35,8 +35,8 @@ class NeighbourField(Field):
         database: its folder.
         k: how many of those that are stored.
         column: that `millrace retrieve` wrote.
-        most_similar: neighbours of a greater cosine are left out: the sample itself, where it is in the database
-            (0.999), and near-duplicates (0.95).
+        most_similar: neighbours of a greater cosine are left out: near-duplicates (0.95). (`millrace retrieve
+            without_itself=true` has left out the sample itself, and patches of it.)
         model: that the database is of, as checkpoints tell it of training's (`Database.model`); another is refused.
     """
 

@@ -1,6 +1,7 @@
 """Neighbours of samples in a run's batches: their embeddings, pictures and captions."""
 
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from data.index import ensure_indexed
 from data.inspect import contact_sheet
 from data.members import ContentError
 from data.retrieval.database import Database
+from data.retrieval.embedding import Embedding
 from data.retrieval.field import NeighbourCaptions, NeighbourPictures, Neighbours
 from data.retrieval.originals import Originals
 from data.store import Store
@@ -158,6 +160,46 @@ def test_a_patch_is_read_as_it_was_embedded_and_fewer_neighbours_leave_zeros(tmp
     assert replace(field, size=10).given("[5]", (24, 24)).shape == (4, 3, 10, 10)
     captions = NeighbourCaptions(str(tmp_path / "db"), k=2)
     assert captions.given("[5]", (8, 8)) == ["", ""] == captions.blank((8, 8))
+
+
+def test_the_samples_own_patches_are_left_out_wherever_their_shard_lies(tmp_path, model, capsys):
+    """By brute force over all patches but the sample's own, which are no copies of the whole picture."""
+    for shard in range(3):
+        members = [(f"{n}.png", picture(40, 30, form="PNG", seed=n)) for n in range(4 * shard, 4 * shard + 4)]
+        write_tar(tmp_path / "shards" / f"{shard}.tar", members)
+    patches = "embedding.patches={_target_: data.retrieval.embedding.Patches, per_picture: 3, size: 29}"
+    line = ["retrieve", f"database={tmp_path}/db", f"embedding.model={model}", "log.wandb=null"]
+    assert execute([*line, f"shards={tmp_path}/shards", patches]) == 0
+    asked = shutil.copytree(tmp_path / "shards", tmp_path / "elsewhere")
+    assert execute([*line, f"neighbours_of={asked}", "k=8"]) == 0
+    assert execute([*line, f"neighbours_of={asked}", "k=8", "column=others", "without_itself=true"]) == 0
+
+    database = Database(tmp_path / "db")
+    told = [(one["shard"], one["row"]) for one in database.metadata(range(36), ["shard", "row"])]
+    vectors, seen = database.vectors(np.arange(36)), 0
+    for shard in range(3):
+        images = [np.asarray(Image.open(io.BytesIO(picture(40, 30, form="PNG", seed=4 * shard + n)))) for n in range(4)]
+        similar = Embedding(str(model)).embedder().images(images) @ vectors.T
+        table, every = (pq.read_table(asked / f"{shard}.{name}.parquet") for name in ("others", "neighbours"))
+        for row in range(4):
+            own = np.array([of == (f"{tmp_path}/shards/{shard}.tar", row) for of in told])
+            seen += np.isin(every["neighbours"][row].as_py(), np.flatnonzero(own)).sum()
+            ids, similarities = (table[name][row].as_py() for name in ("others", "others_similarity"))
+            assert len({*ids} - {*np.flatnonzero(own)}) == 8 and own.sum() == 3
+            assert np.allclose(similarities, np.sort(similar[row, ~own])[:-9:-1], atol=2e-3)
+            assert np.allclose(similarities, similar[row, ids], atol=2e-3)
+    assert seen > 12, "they would be there"
+    # All that there is: 33 patches of others.
+    assert execute([*line, f"neighbours_of={asked}", "k=36", "column=others", "without_itself=true"]) == 0
+    (ids, similarities) = (pq.read_table(asked / "0.others.parquet")[i][0].as_py() for i in (0, 1))
+    assert sorted(ids) == [-1] * 3 + list(range(3, 36)) and ids[33:] == [-1] * 3 and similarities[33:] == [0] * 3
+
+    write_tar(tmp_path / "shards" / "1.tar", [("other.png", picture(40, 30, form="PNG", seed=99))])
+    assert execute([*line, f"neighbours_of={tmp_path}/shards", "without_itself=true"]) != 0
+    assert "1.tar is no longer what the database" in capsys.readouterr().err
+    (tmp_path / "db" / "database.json").unlink()
+    assert execute([*line, f"neighbours_of={asked}", "k=8", "column=others", "without_itself=true"]) == 2
+    assert "does not tell the shards that it was made of" in capsys.readouterr().err
 
 
 def test_rows_that_no_longer_match_their_shards_are_refused(tmp_path, model, capsys):
