@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.store import Store, local_path, protocol_of
+from data.store import Store, StoreError, local_path, protocol_of
 
 ROW_GROUP = 4096
 _KEY = b"millrace"
@@ -47,5 +47,11 @@ def told_at(url: str, store: Store) -> dict[str, Any]:
     try:
         with open_parquet(url, store) as file:
             return told_by(file)
-    except (pa.ArrowInvalid, json.JSONDecodeError):
+    except StoreError:
+        raise
+    except (pa.ArrowException, ValueError):
         return {}
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        return {}  # Arrow's own, for damage

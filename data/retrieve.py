@@ -4,7 +4,6 @@ Three steps, each shared by tasks and each going on where it was stopped: embed 
 neighbours. The files are clip-retrieval's (see `data.retrieval.database`).
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,9 @@ from data.retrieval.database import (
     index_path,
     local_folder,
     metadata_path,
+    read_told,
     told_path,
+    write_told,
 )
 from data.retrieval.embedding import Embedding, PartWriter, part_names
 from data.retrieval.index import IndexBuilder, IndexSettings, Searcher
@@ -186,17 +187,23 @@ def make_database(
     """Bring a database and its indexes up to date. A single task of several embeds its shards, and no more.
 
     Raises:
-        ConfigError: an index that does not fit its memory, or a database that Millrace did not write.
+        ConfigError: an index that does not fit its memory, or a folder that holds what Millrace did not write.
         ValueError: too many samples of a shard cannot be embedded.
     """
     _refuse_others(folder)
     for inside in (folder, *(path for path in folder.glob("*") if path.is_dir())):
         remove_leftovers(str(inside))
     recipe, names = embedding.recipe(), part_names(len(manifests))
-    writer = PartWriter(folder, embedding, store, max_errors)
+    known = _known(folder)
+    writer = PartWriter(folder, embedding, store, max_errors, known.get("files", {}))
     if not all(writer.is_done(m, name) for m, name in zip(manifests, names, strict=True)):
-        for path in (told_path(folder), *(index_path(folder, side) for side in SIDES)):
-            path.unlink(missing_ok=True)  # they are of the parts that there were
+        for m, name in zip(manifests, names, strict=True):
+            writer.discard_damaged(m, name)
+        for side in SIDES:
+            index_path(folder, side).unlink(missing_ok=True)  # they are of the parts that there were
+        known = {"version": VERSION, "unfinished": True}
+        write_told(folder, known)
+        writer = replace(writer, marks={})
         run_tasks(partial(writer.write_all, manifests), tasks, tasks.totals([m.rows for m in manifests]), "embed", log)
     if tasks.task is not None:
         return
@@ -207,9 +214,10 @@ def make_database(
         "model_name": str(Path(embedding.model).resolve()) if Path(embedding.model).is_dir() else embedding.model,
         "recipe": recipe,
         "parts": [[name, m.digest] for name, m in zip(names, manifests, strict=True)],
-        "indexes": Database(folder).told.get("indexes", {}) if told_path(folder).exists() else {},
+        "files": {path: mark for name in names for path, mark in writer.files(name).items()},
+        "indexes": known.get("indexes", {}),
     }
-    _tell(folder, told)
+    write_told(folder, told)
     for side in embedding.sides:
         with mistakes():
             builder = IndexBuilder(Database(folder), side, settings)
@@ -218,7 +226,7 @@ def make_database(
             rows = [sum(part.rows for part in block) for block in builder.blocks]
             run_tasks(builder.add, Tasks(tasks.tasks), Tasks(tasks.tasks).totals(rows), f"index of {side}s", log)
             told["indexes"] = {**told["indexes"], side: builder.finish(tasks.tasks)}
-            _tell(folder, told)
+            write_told(folder, told)
         builder.clean()
 
 
@@ -241,6 +249,14 @@ def _manifests(patterns: str | list[str] | None, store: Store, folder: str | Non
     if patterns is None:
         return []
     return ensure_indexed(store.expand([patterns] if isinstance(patterns, str) else list(patterns)), store, folder)
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """What the database tells of itself; nothing where that is damaged, which is mended."""
+    try:
+        return read_told(folder)
+    except ConfigError:
+        return {}
 
 
 def _refuse_others(folder: Path) -> None:
@@ -267,7 +283,3 @@ def _remove_others(folder: Path, names: Sequence[str], sides: Sequence[Side]) ->
             index_path(folder, side).unlink(missing_ok=True)
             if (folder / "text_emb").is_dir():
                 (folder / "text_emb").rmdir()
-
-
-def _tell(folder: Path, told: dict[str, Any]) -> None:
-    Store().write(str(told_path(folder)), json.dumps(told, indent=1).encode())

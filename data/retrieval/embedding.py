@@ -1,19 +1,22 @@
 """Embeddings of shards, a part of a database for each: of whole pictures, or of patches of them, and of captions.
 
-A part's metadata are written last, and tell what made it: a part is there when they are.
+A part's metadata are written last, and tell what made it and the marks of its embeddings: a part is there when they
+are, and all of it is what they tell.
 """
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from conf.errors import ConfigError
 from data.curation.base import Media
 from data.curation.clip import Embedder, shared_embedder
 from data.curation.media import read_media
@@ -22,7 +25,8 @@ from data.decode import decode_image
 from data.hashing import mix64, text64
 from data.manifest import Manifest
 from data.parquet import to_parquet, told_at
-from data.retrieval.database import SIDES, Side, embedding_path, metadata_path
+from data.retrieval.database import SIDES, Side, embedding_path, map_embeddings, metadata_path
+from data.retrieval.marks import mark_at, mark_of
 from data.store import Store, redact
 from data.tasks import Task
 
@@ -138,17 +142,36 @@ class PartWriter:
         embedding: how pictures become embeddings.
         store: where the shards lie.
         max_errors: share of a shard's samples that may have no picture to embed.
+        marks: of the files that there were, as far as they are known; see `Database`.
     """
 
     folder: Path
     embedding: Embedding
     store: Store
     max_errors: float
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     def is_done(self, manifest: Manifest, part: str) -> bool:
-        """Whether a part holds what this shard's would."""
-        told = told_at(str(metadata_path(self.folder, part)), Store())
-        return told.get("recipe") == self._recipe and told.get("shard") == manifest.digest
+        """Whether a part holds what this shard's would, all of it."""
+        path, told = metadata_path(self.folder, part), self._told(manifest, part)
+        if not told or self.marks.get(self._name(path)) not in (None, mark_at(path)):
+            return False
+        rows = pq.read_metadata(path).num_rows
+        return all(self._is_whole(side, part, rows, told) for side in self.embedding.sides)
+
+    def discard_damaged(self, manifest: Manifest, part: str) -> None:
+        """Have a part that tells that it is done, and is not whole, tell so no longer: where marks are not known, it
+        may pass for whole."""
+        if self._told(manifest, part) and not self.is_done(manifest, part):
+            metadata_path(self.folder, part).unlink(missing_ok=True)
+
+    def files(self, part: str) -> dict[str, str]:
+        """The marks of the files of a part that is done."""
+        path = metadata_path(self.folder, part)
+        told = told_at(str(path), Store()).get("files", {})
+        of_sides = {side: embedding_path(self.folder, side, part) for side in self.embedding.sides}
+        found = {self._name(of_side): told.get(side) or mark_at(of_side) for side, of_side in of_sides.items()}
+        return found | {self._name(path): mark_at(path)}
 
     def write_all(self, manifests: Sequence[Manifest], task: Task) -> None:
         """What one task does: write the parts of its own shards, those that are not done.
@@ -183,13 +206,33 @@ class PartWriter:
             )
         path = metadata_path(self.folder, part)
         path.unlink(missing_ok=True)  # it would tell that the part is whole
+        marks: dict[str, str] = {}
         nothing = np.zeros((0, self.embedding.embedder().width), np.float16)
         for side, arrays in vectors.items():
             buffer = io.BytesIO()
             np.save(buffer, np.concatenate([nothing, *arrays]))
             Store().write(str(embedding_path(self.folder, side, part)), buffer.getvalue())
-        told = {"recipe": self._recipe, "shard": manifest.digest, "errors": dict(failed)}
+            marks[side] = mark_of(buffer)
+        told = {"recipe": self._recipe, "shard": manifest.digest, "errors": dict(failed), "files": marks}
         Store().write(str(path), to_parquet(_table(rows), told))
+
+    def _told(self, manifest: Manifest, part: str) -> dict[str, Any]:
+        """What a part tells; nothing where it is of another shard or recipe."""
+        told = told_at(str(metadata_path(self.folder, part)), Store())
+        return told if (told.get("recipe"), told.get("shard")) == (self._recipe, manifest.digest) else {}
+
+    def _is_whole(self, side: Side, part: str, rows: int, told: dict[str, Any]) -> bool:
+        path = embedding_path(self.folder, side, part)
+        known = {told.get("files", {}).get(side), self.marks.get(self._name(path))} - {None}
+        if known - {mark_at(path)}:
+            return False
+        try:
+            return len(map_embeddings(path, "")) == rows
+        except ConfigError:
+            return False
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
     @cached_property
     def _recipe(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conf.errors import ConfigError
+from data.retrieval.marks import mark_at
 
 _OPEN = 64
 
@@ -22,12 +23,21 @@ class MetadataReader:
     Args:
         paths: of the parts' files.
         rows: of each part, that its file must have.
+        marks: of each file; None: whatever it holds is taken.
+        remedy: what to do about a damaged file, for errors.
         memory: bytes of tables to keep, about.
     """
 
-    def __init__(self, paths: Sequence[Path], rows: Sequence[int], memory: int = 64 << 20) -> None:
-        self._arguments = (paths, rows, memory)
-        self._paths, self._rows, self._memory = paths, rows, memory
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        rows: Sequence[int],
+        marks: Sequence[str | None],
+        remedy: str,
+        memory: int = 64 << 20,
+    ) -> None:
+        self._arguments = (paths, rows, marks, remedy, memory)
+        self._paths, self._rows, self._marks, self._remedy, self._memory = self._arguments
         self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
         self._tables: OrderedDict[tuple[int, int, tuple[str, ...]], pa.Table] = OrderedDict()
         self._held = 0
@@ -43,7 +53,7 @@ class MetadataReader:
         """Some rows of a part, in the order given; of columns that its file lacks, nothing.
 
         Raises:
-            ConfigError: the file cannot be read, or has other rows than the embeddings.
+            ConfigError: the file cannot be read, is not what was written, or has other rows than the embeddings.
         """
         file, starts = self._file(part)
         names = tuple(n for n in file.schema_arrow.names if columns is None or n in columns)
@@ -56,15 +66,18 @@ class MetadataReader:
 
     def _file(self, part: int) -> tuple[pq.ParquetFile, np.ndarray]:
         if part not in self._files:
-            path = self._paths[part]
+            path, mark = self._paths[part], self._marks[part]
             try:
                 file = pq.ParquetFile(path)
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ConfigError(f"{path} cannot be read ({error}): make the database anew") from error
+            except (OSError, pa.ArrowException) as error:
+                raise self._unreadable(path, error) from error
+            if mark is not None and mark_at(path) != mark:
+                file.close()
+                raise ConfigError(f"{path} is not what was written: {self._remedy}")
             told = file.metadata
             if told.num_rows != self._rows[part]:
                 file.close()
-                raise ConfigError(f"{path} has {told.num_rows} rows, its embeddings {self._rows[part]}: make it anew")
+                raise ConfigError(f"{path} has {told.num_rows} rows, its embeddings {self._rows[part]}: {self._remedy}")
             sizes = [told.row_group(i).num_rows for i in range(told.num_row_groups)]
             self._files[part] = file, np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
             if len(self._files) > _OPEN:
@@ -75,10 +88,17 @@ class MetadataReader:
     def _table(self, part: int, group: int, columns: tuple[str, ...]) -> pa.Table:
         key = part, group, columns
         if key not in self._tables:
-            table = self._file(part)[0].read_row_group(group, columns=list(columns), use_threads=False)
+            file, _ = self._file(part)
+            try:
+                table = file.read_row_group(group, columns=list(columns), use_threads=False)
+            except (OSError, pa.ArrowException) as error:
+                raise self._unreadable(self._paths[part], error) from error
             self._tables[key] = table
             self._held += table.nbytes
             while self._held > self._memory and len(self._tables) > 1:
                 self._held -= self._tables.popitem(last=False)[1].nbytes
         self._tables.move_to_end(key)
         return self._tables[key]
+
+    def _unreadable(self, path: Path, error: Exception) -> ConfigError:
+        return ConfigError(f"{path} cannot be read ({str(error).strip().splitlines()[0]}): {self._remedy}")

@@ -220,7 +220,7 @@ def test_rows_that_no_longer_match_their_shards_are_refused(tmp_path, model, cap
     (shards / "00001.tar").write_bytes(whole)
     assert Originals(database, Store()).picture(8, (16, 16))[0, 0].tolist() == [0, 0, 85]
     (tmp_path / "db" / "metadata" / "metadata_00002.parquet").unlink()
-    with pytest.raises(ConfigError, match=r"metadata_00002\.parquet cannot be read"):
+    with pytest.raises(ConfigError, match=r"metadata_00002\.parquet is missing: run `millrace"):
         Originals(Database(tmp_path / "db"), Store())
 
 

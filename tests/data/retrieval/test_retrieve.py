@@ -21,8 +21,9 @@ from vectors import save_database
 
 from conf.errors import ConfigError
 from data.index import ensure_indexed
+from data.parquet import to_parquet
 from data.retrieval.database import Database
-from data.retrieval.embedding import Embedding, Patches
+from data.retrieval.embedding import Embedding, PartWriter, Patches
 from data.retrieval.field import Neighbours
 from data.retrieval.index import Searcher
 from data.retrieval.looking import answer
@@ -116,6 +117,61 @@ def test_a_database_and_the_neighbours_of_its_samples(tmp_path, model, capsys):
             assert np.allclose(similarities[row], similar[n, ids[row]], atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    "lost", ["img_emb/img_emb_00001.npy", "text_emb/text_emb_00002.npy", "metadata/metadata_00000.parquet"]
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_part_that_lost_a_file_is_made_anew(tmp_path, model, capsys, lost, whole):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    line = command(folder, model, f"shards={shards}", "embedding.texts=true")
+    assert execute(line) == 0
+    before = files(folder)
+    if whole:
+        (folder / lost).unlink()
+    else:
+        (folder / lost).write_bytes(before[lost][:-10])
+    error = "is missing" if whole else rf"has {len(before[lost]) - 10} bytes where {len(before[lost])} were written"
+    with pytest.raises(ConfigError, match=rf"{lost} {error}: run `millrace retrieve database=.*db shards=\.\.\.`"):
+        Database(folder)
+    (folder / "image.index").unlink()
+    assert execute(line) == 0 and "17 embeddings" in capsys.readouterr().out
+    assert files(folder) == before
+    # Nothing tells of the files but the part itself.
+    if lost.endswith("npy"):
+        (folder / "database.json").unlink()
+        with pytest.raises(ConfigError, match=r"database\.json is missing: run `millrace"):
+            Database(folder)
+        (folder / lost).write_bytes(before[lost][:-10])
+        assert execute(line) == 0 and files(folder) == before
+
+
+def test_a_part_is_done_when_all_of_it_is_there(tmp_path, model):
+    """As earlier versions wrote it, too, whose metadata tell no marks."""
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}")) == 0
+    (manifest, *_) = ensure_indexed([str(shards / "00000.tar")], Store())
+    writer = PartWriter(folder, Embedding(str(model)), Store(), 0.2)
+    table = pq.read_table(folder / "metadata" / "metadata_00000.parquet")
+    told = {"recipe": writer.embedding.recipe(), "shard": manifest.digest}
+    (folder / "metadata" / "metadata_00000.parquet").write_bytes(to_parquet(table, told))
+    assert writer.is_done(manifest, "00000")
+    path = folder / "img_emb" / "img_emb_00000.npy"
+    np.save(path, np.load(path)[1:])
+    assert not writer.is_done(manifest, "00000")
+    path.unlink()
+    assert not writer.is_done(manifest, "00000")
+
+
+def test_parts_that_the_database_does_not_tell_of_are_refused(tmp_path, model):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}")) == 0
+    other = folder / "img_emb" / "img_emb_00003.npy"
+    other.write_bytes((folder / "img_emb" / "img_emb_00001.npy").read_bytes())
+    with pytest.raises(ConfigError, match=r"img_emb_00003\.npy is none of the parts that .*database\.json tells of"):
+        Database(folder)
+    assert execute(command(folder, model, f"shards={shards}")) == 0 and not other.exists()
+
+
 def test_what_is_done_is_skipped_and_what_changed_done_again(tmp_path, model):
     shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
     more = [f"shards={shards}", f"neighbours_of={shards}", "k=3"]
@@ -152,13 +208,13 @@ def test_neighbours_stay_those_of_the_database_wherever_its_model_lies(tmp_path,
     assert Database(folder).told["model_name"] == str(moved) != before.told["model_name"]
     manifests = ensure_indexed([str(path) for path in sorted(shards.glob("*.tar"))], Store())
     Neighbours(str(folder), k=3).check(manifests, Store())
-    kept = json.loads((folder / "database.json").read_text())
-    for key, other in (("model", "another"), ("recipe", kept["recipe"] | {"batch": 3}), ("parts", kept["parts"][:2])):
-        (folder / "database.json").write_text(json.dumps(kept | {key: other}))
-        assert Database(folder).fingerprint != before.fingerprint
-    kept["indexes"]["image"]["search"] = {"probes": 3}
-    (folder / "database.json").write_text(json.dumps(kept))
-    assert Database(folder).fingerprint != before.fingerprint
+    kept = Database(folder).told
+    image = kept["indexes"]["image"] | {"search": {"probes": 3}}
+    changes = [{"model": "another"}, {"recipe": kept["recipe"] | {"batch": 3}}, {"parts": kept["parts"][:2]}]
+    for change in (*changes, {"indexes": {"image": image}}):
+        other = Database(folder)
+        other.told |= change
+        assert other.fingerprint != before.fingerprint
 
 
 def test_another_model_makes_another_index(tmp_path, model):
@@ -180,8 +236,10 @@ def test_no_index_of_earlier_parts_outlives_a_kill(tmp_path, model):
     assert execute(command(folder, model, f"shards={shards}")) == 0
     write_tar(shards / "00001.tar", [(f"key{n:04d}.png", picture(50, 50, form="PNG", seed=99 + n)) for n in range(6)])
     assert execute(command(folder, model, f"shards={shards}", "cluster.tasks=3", "cluster.task=1")) == 0
-    with pytest.raises(ConfigError, match=r"image\.index is missing"):
-        Searcher(Database(folder))
+    with pytest.raises(
+        ConfigError, match=r"db is not finished, as .* run `millrace retrieve database=.*db shards=\.\.\.`"
+    ):
+        Database(folder)
 
 
 @pytest.mark.slow
@@ -282,7 +340,7 @@ def test_damage_is_told_of(tmp_path, model, capsys):
     told = json.loads((folder / "database.json").read_text())
     for path, content, message in [
         (folder / "image.index", b"nonsense", "image.index is damaged"),
-        (folder / "img_emb" / "img_emb_00001.npy", b"nonsense", "img_emb_00001.npy cannot be read"),
+        (folder / "img_emb" / "img_emb_00001.npy", b"nonsense", "img_emb_00001.npy has 8 bytes where"),
         (folder / "database.json", b"{", "database.json is damaged"),
         (folder / "database.json", json.dumps(told | {"version": 9}).encode(), "is of version 9"),
     ]:
@@ -317,9 +375,9 @@ def test_neighbours_of_a_text_of_a_picture_and_rows_are_what_sampling_is_given(t
     for text in wrong:
         with pytest.raises(ValueError, match=r"^rows are given as \[3, 17\], or one as ~17, from 0 to 16 of"):
             field.given(text, (8, 8))
-    (folder / "database.json").unlink()
+    save_database(tmp_path / "theirs", [np.eye(10)])
     with pytest.raises(ValueError, match="does not tell the model that made it"):
-        Neighbours(str(folder), k=3).given("a red circle", (8, 8))
+        Neighbours(str(tmp_path / "theirs"), k=3).given("a red circle", (8, 8))
 
 
 def test_texts_are_embedded_by_the_model_that_made_the_database_from_anywhere(tmp_path, model, monkeypatch):
