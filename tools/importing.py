@@ -174,7 +174,7 @@ def _from_file(source: Path, target: Path, config: Any) -> list[str]:
     if not family.pipeline:
         return _autoencoder_from_file(checkpoint, target, config)
     notes = _of_latent_diffusion(checkpoint, source, given, config)
-    kind = _kind(checkpoint, given)
+    kind = _kind(checkpoint, source, given)
     if like is not None and like.kind not in (kind, family.pipeline):
         raise ConfigError(f"like: {like.path} is a {like.kind}, but {source} holds a {kind}.")
     if checkpoint.kind == "sd2" and config.prediction is None and like is None:
@@ -278,7 +278,7 @@ def _of_latent_diffusion(
             raise ConfigError(f"classes: {source} has {rows} vectors: give their number without one for none, if any.")
         if embedder["classes"] == rows:
             notes.append("No vector of its classes stands for none: they are drawn without guidance.")
-    notes += beyond_diffusers(_kind(checkpoint, given), components.get("unet", {}))
+    notes += beyond_diffusers(_kind(checkpoint, source, given), components.get("unet", {}))
     if config.average == "none" and any(name.startswith("model_ema.") for name in checkpoint.unused()):
         notes.append("It holds the average of its weights, too, which the authors sample with: average=ema.")
     return notes
@@ -294,27 +294,33 @@ def _scheduler(checkpoint: OriginalCheckpoint, source: Path) -> dict[str, Any]:
     return scheduler
 
 
-def _kind(checkpoint: OriginalCheckpoint, given: Mapping[str, Any]) -> str:
+def _kind(checkpoint: OriginalCheckpoint, source: Path, given: Mapping[str, Any]) -> str:
     """The pipeline of a file in the place of the family's own: what lies beside its UNet's latent tells them apart, and
     of which tokens its transformer reads.
 
     Raises:
-        ValueError: there is no pipeline of latent diffusion with so many channels beside the latent.
+        ConfigError: there is no pipeline of the family with so many channels beside the latent.
     """
     pipeline, unet = checkpoint.family.pipeline, checkpoint.components.get("unet", {})
-    out = unet.get("out_channels", 0)
-    beside = unet.get("in_channels", 0) - out
-    if checkpoint.kind == "ldm":
-        kinds = {0: pipeline, out: "LDMSuperResolutionPipeline", out + 1: "LDMInpaintPipeline"}
-        if beside not in kinds:
-            raise ValueError(f"its UNet reads {beside} channels beside a latent of {out} (input_blocks.0.0.weight)")
-        return kinds[beside]
     if checkpoint.kind == "ldm_text":
         bert = checkpoint.components.get("bert") or given.get("bert", {})
-        return "LDMLayoutPipeline" if bert.get("vocab_size") == _LAYOUT_TOKENS else pipeline
-    if beside <= 0 or "Img2Img" in pipeline or checkpoint.kind == "ldm_map":
+        pipeline = "LDMLayoutPipeline" if bert.get("vocab_size") == _LAYOUT_TOKENS else pipeline
+    out = unet.get("out_channels", 0)
+    beside = unet.get("in_channels", 0) - out
+    if beside <= 0 or checkpoint.kind == "ldm_map":
         return pipeline
-    return pipeline.replace("Pipeline", "InpaintPipeline") if beside == out + 1 else EDITING
+    kinds = {}
+    if checkpoint.kind in ("ldm", "sd1", "sd2", "sdxl"):
+        kinds[out + 1] = pipeline.replace("Pipeline", "InpaintPipeline")
+    if checkpoint.kind in ("ldm", "sd1", "sd2"):
+        kinds[out] = "LDMSuperResolutionPipeline" if checkpoint.kind == "ldm" else EDITING
+    if beside not in kinds:
+        known = f"those of {' or '.join(map(str, kinds))} are" if kinds else "none with any are"
+        raise ConfigError(
+            f"source: the UNet of {source} reads {out + beside} channels, {beside} beside a latent of {out}"
+            f" (input_blocks.0.0.weight); of its family, {checkpoint.kind}, {known} known"
+        )
+    return kinds[beside]
 
 
 def _class_of(component: str, settings: Mapping[str, Any]) -> list[str | None]:

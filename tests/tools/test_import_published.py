@@ -2,6 +2,8 @@
 
 import diffusers
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from tests.models import tiny_pipelines
@@ -59,3 +61,27 @@ def test_tokenizers_of_files_fill_up_as_their_encoders_were_trained(kind, tmp_pa
         tokenizer = real(tmp_path / "runs/it" / name)
         ids = tokenizer(["a"], padding="max_length", max_length=5).input_ids[0]
         assert (tokenizer.pad_token, ids) == (token, [6, 4, 7, *[VOCABULARY.index(token)] * 2]), name
+
+
+@pytest.mark.parametrize(
+    "kind, channels, told",
+    [
+        ("sdxl", 8, "reads 8 channels, 4 beside a latent of 4"),
+        ("sd2", 5, "reads 5 channels, 1 beside a latent of 4"),  # Stable Diffusion 2's model of depth
+        ("refiner", 9, "reads 9 channels, 5 beside a latent of 4"),
+    ],
+)
+def test_channels_beside_the_latent_that_no_pipeline_has_are_told(kind, channels, told, tmp_path, monkeypatch, capsys):
+    """And not taken for InstructPix2Pix."""
+    make, more, _ = FILES[kind]
+    monkeypatch.setattr(tiny_pipelines, "autoencoder", wide_autoencoder)
+    file = tmp_path / "original.safetensors"
+    assert cli.execute(["export", f"source={make(tmp_path)}", f"out={file}"]) == 0
+    state = load_file(file)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    state[first] = torch.zeros(len(state[first]), channels, 3, 3)
+    save_file(state, file)
+    capsys.readouterr()
+    assert cli.execute(["import", f"source={file}", "name=it", f"runs={tmp_path}/runs", *more]) == 2
+    assert f"{file} {told}" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())
