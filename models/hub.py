@@ -3,9 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from models.pipeline_folder import TRANSFORMERS_STEM
+from models.tensor_files import variant_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -24,6 +28,7 @@ def load_weights(kind: Any, model: str, subfolder: str, dtype: Dtype, **options:
     """
     # Safetensors only: weights in pickles could run code.
     options |= {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
+    options["variant"] = variant_of(Path(model, subfolder), TRANSFORMERS_STEM)  # of a local folder
     loaded, told = load_part(kind.from_pretrained, model, subfolder, **options)
     if missing := sorted(told["missing_keys"]):
         raise ValueError(

@@ -3,6 +3,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -132,12 +133,19 @@ def open_file(path: Path) -> TensorSource:
 
 
 def open_stem(folder: Path, stem: str) -> SafetensorsFiles:
-    """The safetensors `<stem>.safetensors` of a folder, or the shards that `<stem>.safetensors.index.json` names.
+    """The tensors of `stem_files`."""
+    return SafetensorsFiles(stem_files(folder, stem))
+
+
+def stem_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors `<stem>.safetensors` of a folder, or the shards that `<stem>.safetensors.index.json` names; those
+    of `variant_of` where there are none.
 
     Raises:
-        ValueError: there are none, or some are missing.
+        ValueError: there are none, or some are missing; see `variant_of`.
     """
-    whole, index = folder / f"{stem}.safetensors", index_file(folder, stem)
+    variant = variant_of(folder, stem)
+    whole, index = whole_file(folder, stem, variant), index_file(folder, stem, variant)
     if index.exists():
         names = sorted(set(read_json(index)["weight_map"].values()))
     elif whole.exists():
@@ -147,7 +155,29 @@ def open_stem(folder: Path, stem: str) -> SafetensorsFiles:
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{folder} lacks {some(missing)}, which its index names")
-    return SafetensorsFiles(folder / name for name in names)
+    return [folder / name for name in names]
+
+
+def variant_of(folder: Path, stem: str) -> str | None:
+    """The variant, in diffusers' and transformers' word, in which alone a folder has the files of a stem: "fp16" of
+    `<stem>.fp16.safetensors`. None: it has them without, or has none at all.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if whole_file(folder, stem).exists() or index_file(folder, stem).exists():
+        return None
+    # Shards may be called <stem>.fp16-00001-of-00002.safetensors.
+    whole, index = r"(?![^.]*-\d+-of-\d+\.)([^.]+)\.safetensors", r"safetensors\.index\.([^.]+)\.json"
+    form = re.compile(rf"{re.escape(stem)}\.(?:{whole}|{index})")
+    matches = [form.fullmatch(file.name) for file in folder.glob(f"{stem}.*")]
+    found = sorted({match[1] or match[2] for match in matches if match is not None})
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds no {stem}.safetensors, but several variants of it, {', '.join(found)}: leave the files of"
+            " one of them there"
+        )
+    return found[0] if found else None
 
 
 def write_stem(
@@ -237,9 +267,14 @@ class _Writer:
         self._partial.replace(self._path)
 
 
-def index_file(folder: Path, stem: str) -> Path:
+def whole_file(folder: Path, stem: str, variant: str | None = None) -> Path:
+    """Where the tensors of a stem lie, if in one file."""
+    return folder / (f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors")
+
+
+def index_file(folder: Path, stem: str, variant: str | None = None) -> Path:
     """Where the shards of a stem are listed."""
-    return folder / f"{stem}.safetensors.index.json"
+    return folder / f"{stem}.safetensors.index.{'json' if variant is None else f'{variant}.json'}"
 
 
 def read_json(file: Path) -> Any:

@@ -16,9 +16,27 @@ from conf.schema import build
 from data.run_directory import check_name
 from models.original.checkpoint import OriginalCheckpoint, family_of
 from models.original.configs import scaled_linear, with_heads
-from models.pipeline_folder import INDEX, PipelineFolder, is_network, is_text, stem_of, tokenizer_of
-from models.pretrained import DIFFUSERS_VERSION, ComponentFolder
-from models.tensor_files import Meta, TensorSource, open_file, write_json, write_stem
+from models.pipeline_folder import (
+    INDEX,
+    TRANSFORMERS_STEM,
+    PipelineFolder,
+    is_network,
+    is_text,
+    stem_of,
+    tokenizer_of,
+)
+from models.pretrained import DIFFUSERS_VERSION, STEM, ComponentFolder
+from models.tensor_files import (
+    Meta,
+    TensorSource,
+    index_file,
+    open_file,
+    stem_files,
+    variant_of,
+    whole_file,
+    write_json,
+    write_stem,
+)
 from trainer.networks import conditioner_learns
 from trainer.pipelines import EDITED, EDITING, autoencoder_of, config_of, denoiser_of, fields_of
 from trainer.published import beyond_diffusers
@@ -103,8 +121,9 @@ def run(config: Any) -> None:
 def _from_folder(folder: PipelineFolder, target: Path, config: Any) -> list[str]:
     _check(folder)  # what is not known is refused before anything is copied
     for name in folder.components:
-        _copy(folder.path / name, target / name)
-        if config.dtype is not None and is_network(name):
+        rewritten = config.dtype is not None and is_network(name)
+        _copy(folder.path / name, target / name, weights=not rewritten)
+        if rewritten:
             rewrite(folder.tensors(name), target / name, stem_of(name), config.dtype, config.shard_bytes)
     write_json(target / INDEX, folder.index)
     return []
@@ -116,6 +135,8 @@ def _check(folder: PipelineFolder) -> None:
     Raises:
         ValueError: it is not, or does not.
     """
+    for name in filter(is_network, folder.components):
+        stem_files(folder.path / name, stem_of(name))
     config = config_of(folder)
     denoiser: Any = denoiser_of(folder).on_meta()
     denoiser_of(folder).check(denoiser)
@@ -134,17 +155,27 @@ def _check(folder: PipelineFolder) -> None:
             raise ValueError(f"its UNet has {key}={denoiser.config[key]}, but what makes its conditions gives {given}")
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, weights: bool = True) -> None:
     """A component's folder, without weights in pickle; files are shared where the file system lets them be, as nothing
-    writes into files of weights."""
+    writes into files of weights. Those of a variant alone ("fp16") get the names that are opened without asking for it.
+
+    Raises:
+        ValueError: see `variant_of`.
+    """
     target.mkdir()
+    names: dict[str, str] = {}
+    for stem in (STEM, TRANSFORMERS_STEM):
+        variant = variant_of(source, stem)
+        names |= {file(source, stem, variant).name: file(source, stem).name for file in (whole_file, index_file)}
     for file in source.iterdir():
-        if file.suffix in (".bin", ".msgpack", ".h5", ".onnx") or file.is_dir():
+        unread = file.suffix in (".bin", ".msgpack", ".h5", ".onnx") or file.is_dir()
+        if unread or (not weights and ".safetensors" in file.name):
             continue
+        own = target / names.get(file.name, file.name)
         try:
-            os.link(file.resolve(), target / file.name)
+            os.link(file.resolve(), own)
         except OSError:
-            shutil.copyfile(file, target / file.name)
+            shutil.copyfile(file, own)
 
 
 def rewrite(source: TensorSource, folder: Path, stem: str, dtype: str | None, shard_bytes: int) -> None:

@@ -1,13 +1,18 @@
 """`millrace import` of what hubs have: files without tokenizers, folders of half precision, components in pickle."""
 
+import shutil
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTokenizer
 
+from models.pipeline_folder import PipelineFolder
 from tests.models import tiny_pipelines
 from tools import cli
+from trainer.loading import load_model
 
 END, ZEROTH = "<|endoftext|>", "!"
 VOCABULARY = [ZEROTH, "a", "b", "!</w>", "a</w>", "b</w>", "<|startoftext|>", END]
@@ -85,3 +90,58 @@ def test_channels_beside_the_latent_that_no_pipeline_has_are_told(kind, channels
     assert cli.execute(["import", f"source={file}", "name=it", f"runs={tmp_path}/runs", *more]) == 2
     assert f"{file} {told}" in capsys.readouterr().err
     assert not list((tmp_path / "runs").iterdir())
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a pipeline's networks."""
+    found = {}
+    for name in ("unet", "vae", "text_encoder"):
+        source = PipelineFolder(folder).tensors(name)
+        found |= {f"{name}.{key}": source.read(key) for key in source.names()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["null", "float32"])
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_a_folder_of_half_precision_alone_is_opened_and_imported(shard, dtype, tmp_path):
+    """Of a variant, in diffusers' word; what is written has names that are opened without one."""
+    plain, half = tiny_pipelines.sd1(tmp_path / "made"), tmp_path / "half"
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(plain, torch_dtype=torch.float16)
+    pipeline.save_pretrained(half, variant="fp16", max_shard_size=shard)
+    files = {file.name for file in half.glob("*/*.safetensors*")}
+    assert ("diffusion_pytorch_model.safetensors.index.fp16.json" in files) == (shard == "20KB")
+    assert all("fp16" in name for name in files)
+    told = {name: tensor.half() for name, tensor in tensors_of(plain).items()}
+    load_model(half)  # its text encoder, too
+    assert cli.execute(["import", f"source={half}", "name=it", f"runs={tmp_path}/runs", f"dtype={dtype}"]) == 0
+    for folder in (half, tmp_path / "runs/it"):
+        for name, tensor in tensors_of(folder).items():
+            assert torch.equal(tensor.half(), told[name]), name
+    opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "runs/it", torch_dtype=torch.float16)
+    for name, tensor in opened.unet.state_dict().items():
+        assert torch.equal(tensor, told[f"unet.{name}"]), name
+    names = {file.name for file in (tmp_path / "runs/it/unet").iterdir()}
+    whole = {"diffusion_pytorch_model.safetensors", "config.json"}
+    shards = dtype == "null" and shard == "20KB"
+    assert "diffusion_pytorch_model.safetensors.index.json" in names if shards else names == whole
+
+
+def test_of_several_variants_one_is_to_be_left(tmp_path, capsys):
+    folder = tiny_pipelines.sd1(tmp_path / "made")
+    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    for variant in ("bf16", "fp16"):
+        shutil.copyfile(whole, whole.with_suffix(f".{variant}.safetensors"))
+    command = ["import", f"source={folder}", f"runs={tmp_path}/runs"]
+    assert cli.execute([*command, "name=plain"]) == 0
+    whole.unlink()
+    assert cli.execute([*command, "name=it"]) == 1
+    assert f"{folder}/unet holds no {whole.name}, but several variants of it, bf16, fp16" in capsys.readouterr().err
+    whole.with_suffix(".bf16.safetensors").unlink()
+    assert cli.execute([*command, "name=it"]) == 0
+
+
+def test_a_text_encoder_in_pickle_alone_is_refused(tmp_path, capsys):
+    folder = tiny_pipelines.sd1(tmp_path / "made")
+    (folder / "text_encoder/model.safetensors").rename(folder / "text_encoder/pytorch_model.bin")
+    assert cli.execute(["import", f"source={folder}", "name=it", f"runs={tmp_path}/runs"]) == 1
+    assert "text_encoder holds neither model.safetensors nor" in capsys.readouterr().err
