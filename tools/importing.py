@@ -31,6 +31,7 @@ from models.tensor_files import (
     TensorSource,
     index_file,
     open_file,
+    some,
     stem_files,
     variant_of,
     whole_file,
@@ -61,6 +62,7 @@ _TOKENIZERS = {
     "bert": _Published("google-bert/bert-base-uncased", "BertTokenizer"),
 }
 _TOKENIZERS_OF = {"sd2": {"text_encoder": _OPEN_CLIP}}  # in the place of these
+_UNREAD = (".bin", ".msgpack", ".h5", ".onnx")  # files of weights that are not copied
 _LAYOUT_TOKENS = 8192  # of latent diffusion's transformer over boxes
 # Settings of original files, which folders tell themselves.
 _OF_FILES = ("like", "prediction", "scaling_factor", "heads", "head_channels", "classes")
@@ -120,13 +122,18 @@ def run(config: Any) -> None:
 
 def _from_folder(folder: PipelineFolder, target: Path, config: Any) -> list[str]:
     _check(folder)  # what is not known is refused before anything is copied
+    index, notes = dict(folder.index), []
     for name in folder.components:
+        if unread := _weights_of_other_kinds(folder.path / name):
+            index[name] = [None, None]
+            notes.append(f"{name} is left out: it has no safetensors, but {some(unread)}, which are never read.")
+            continue
         rewritten = config.dtype is not None and is_network(name)
         _copy(folder.path / name, target / name, weights=not rewritten)
         if rewritten:
             rewrite(folder.tensors(name), target / name, stem_of(name), config.dtype, config.shard_bytes)
-    write_json(target / INDEX, folder.index)
-    return []
+    write_json(target / INDEX, index)
+    return notes
 
 
 def _check(folder: PipelineFolder) -> None:
@@ -155,6 +162,12 @@ def _check(folder: PipelineFolder) -> None:
             raise ValueError(f"its UNet has {key}={denoiser.config[key]}, but what makes its conditions gives {given}")
 
 
+def _weights_of_other_kinds(component: Path) -> list[str]:
+    """Names of a component's files of weights in pickle and the like, where it has no others."""
+    files = sorted(file.name for file in component.iterdir())
+    return [] if any(".safetensors" in name for name in files) else [name for name in files if name.endswith(_UNREAD)]
+
+
 def _copy(source: Path, target: Path, weights: bool = True) -> None:
     """A component's folder, without weights in pickle; files are shared where the file system lets them be, as nothing
     writes into files of weights. Those of a variant alone ("fp16") get the names that are opened without asking for it.
@@ -168,7 +181,7 @@ def _copy(source: Path, target: Path, weights: bool = True) -> None:
         variant = variant_of(source, stem)
         names |= {file(source, stem, variant).name: file(source, stem).name for file in (whole_file, index_file)}
     for file in source.iterdir():
-        unread = file.suffix in (".bin", ".msgpack", ".h5", ".onnx") or file.is_dir()
+        unread = file.name.endswith(_UNREAD) or file.is_dir()
         if unread or (not weights and ".safetensors" in file.name):
             continue
         own = target / names.get(file.name, file.name)

@@ -6,8 +6,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPTokenizer
 
 from models.pipeline_folder import PipelineFolder
 from tests.models import tiny_pipelines
@@ -145,3 +146,28 @@ def test_a_text_encoder_in_pickle_alone_is_refused(tmp_path, capsys):
     (folder / "text_encoder/model.safetensors").rename(folder / "text_encoder/pytorch_model.bin")
     assert cli.execute(["import", f"source={folder}", "name=it", f"runs={tmp_path}/runs"]) == 1
     assert "text_encoder holds neither model.safetensors nor" in capsys.readouterr().err
+
+
+def test_a_safety_checker_in_pickle_alone_is_left_out_and_told_of(tmp_path, capsys):
+    """As some of the folders of Stable Diffusion 1 have it; one in safetensors is copied."""
+    folder = tiny_pipelines.sd1(tmp_path / "made")
+    towers = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config=towers | {"image_size": 8, "patch_size": 4}, text_config=towers, projection_dim=8)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=CLIPImageProcessor()
+    )
+    pipeline.save_pretrained(tmp_path / "checked")
+    weights = tmp_path / "checked/safety_checker/model.safetensors"
+    command = ["import", f"source={tmp_path}/checked", f"runs={tmp_path}/runs"]
+    assert cli.execute([*command, "name=safe"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert diffusers.DiffusionPipeline.from_pretrained(tmp_path / "runs/safe").safety_checker is not None
+
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    assert cli.execute([*command, "name=pickled"]) == 0
+    assert "safety_checker is left out: it has no safetensors, but pytorch_model.bin" in capsys.readouterr().out
+    opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "runs/pickled")
+    assert opened.safety_checker is None and opened.feature_extractor is not None
+    index = PipelineFolder(tmp_path / "runs/pickled").index
+    assert index == PipelineFolder(tmp_path / "checked").index | {"safety_checker": [None, None]}
