@@ -222,6 +222,10 @@ def make_database(
         with mistakes():
             builder = IndexBuilder(Database(folder), side, settings)
         if not builder.done:
+            # An index that is put in its place, and not told of yet, must not be taken for the one that was.
+            told["indexes"] = {of: one for of, one in told["indexes"].items() if of != side}
+            write_told(folder, told)
+            index_path(folder, side).unlink(missing_ok=True)
             builder.train(tasks.tasks)
             rows = [sum(part.rows for part in block) for block in builder.blocks]
             run_tasks(builder.add, Tasks(tasks.tasks), Tasks(tasks.tasks).totals(rows), f"index of {side}s", log)

@@ -231,6 +231,10 @@ class Database:
         """What mends it, for errors."""
         return remedy(self.folder) if self.told else "write it anew with clip-retrieval, or whatever wrote it"
 
+    def marks(self, side: Side) -> dict[str, str]:
+        """Of a side's embeddings, by path."""
+        return {name: mark for name, mark in self._marks.items() if name.startswith(f"{_PREFIX[side]}/")}
+
     def check_files(self) -> None:
         """Refuse any file that is not what was written, as far as marks tell, in a ConfigError."""
         for name in self._marks:

@@ -24,7 +24,8 @@ import xxhash
 
 from conf.errors import ConfigError
 from data.curation.embeddings import faiss_threads
-from data.retrieval.database import Database, Part, Side, index_path
+from data.retrieval.database import Database, Part, Side, index_path, told_path
+from data.retrieval.marks import mark_at
 from data.store import Store
 from data.tasks import Task
 
@@ -38,6 +39,9 @@ _CODES = (128, 96, 64, 48, 32, 16, 8)
 _OF_CODES = 10_000  # rows that the 256 values of a code are learned from; fewer learn 16
 _ROTATIONS = 5  # steps of fitting a rotation; FAISS takes 50, for little more recall
 _REFINE = (4, 8, 16, 32, 64)
+_HEAD = 1 << 26
+"""Bytes of an index that its mark has without a gap: centres of cells, codes and the lists' lengths lie there, by which
+FAISS allocates."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +145,16 @@ class IndexBuilder:
     def __init__(self, database: Database, side: Side, settings: IndexSettings, plan: Plan | None = None) -> None:
         self.database, self.side, self.settings = database, side, settings
         self.plan = plan or plan_index(database.rows, database.width, settings)
-        told = [asdict(settings), *(database.told.get(key) for key in ("recipe", "parts")), side]
+        told = [asdict(settings), *(database.told.get(key) for key in ("recipe", "parts")), side, database.marks(side)]
         self.identity = xxhash.xxh3_64_hexdigest(json.dumps(told, sort_keys=True).encode())
         self._work = database.folder / f"{side}.index.work"
 
     @property
     def done(self) -> bool:
-        """Whether the index that is there is this one."""
+        """Whether the index that is there is this one, whole."""
         told = self.database.told.get("indexes", {}).get(self.side, {})
-        return told.get("identity") == self.identity and index_path(self.database.folder, self.side).exists()
+        path = index_path(self.database.folder, self.side)
+        return told.get("identity") == self.identity and told.get("mark") == mark_at(path, _HEAD)
 
     @property
     def blocks(self) -> list[list[Part]]:
@@ -208,8 +213,10 @@ class IndexBuilder:
         with faiss_threads(threads):
             told = tune(index, self.database, self.side, self.plan, self.settings)
         _keep(index, told["search"])
-        _write(index, index_path(self.database.folder, self.side))
-        return {"identity": self.identity, "asked": self.settings.recall, **asdict(self.plan), **told}
+        path = index_path(self.database.folder, self.side)
+        _write(index, path)
+        known = {"identity": self.identity, "mark": mark_at(path, _HEAD), "asked": self.settings.recall}
+        return {**known, **asdict(self.plan), **told}
 
     def clean(self) -> None:
         """Remove what was kept of the steps."""
@@ -337,29 +344,31 @@ class Searcher:
 
     def __init__(self, database: Database, side: Side = "image") -> None:
         self.database, self.side = database, side
-        path = index_path(database.folder, side)
+        path, told = index_path(database.folder, side), database.told.get("indexes", {}).get(side)
         if not path.exists():
-            raise ConfigError(
-                f"{path} is missing: run `millrace retrieve database={database.folder} shards=...` to its end, or,"
-                " where clip-retrieval wrote its index to another folder, link it there"
-            )
+            linked = "" if database.told else "; where clip-retrieval wrote its index to another folder, link it there"
+            raise ConfigError(f"{path} is missing: {database.remedy}{linked}")
+        if database.told and told is None:
+            raise ConfigError(f"{path} is none that {told_path(database.folder)} tells of: {database.remedy}")
+        # FAISS trusts the lengths that a file tells: of a damaged one it may allocate without bounds, or crash.
+        if told is not None and told.get("mark") not in (None, mark_at(path, _HEAD)):
+            raise ConfigError(f"{path} is damaged, it is not what was written: {database.remedy}")
         try:
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
-            raise ConfigError(
-                f"{path} is damaged: remove it, and run `millrace retrieve` again ({_first(error)})"
-            ) from error
+            raise ConfigError(f"{path} is damaged ({_first(error)}): {database.remedy}") from error
         if (self._index.d, self._index.ntotal) != (database.width, database.rows):
+            database.check_files()
             raise ConfigError(
                 f"{path} holds {self._index.ntotal} embeddings of {self._index.d} numbers, the database"
-                f" {database.rows} of {database.width}: remove it, and run `millrace retrieve` again"
+                f" {database.rows} of {database.width}: {database.remedy}"
             )
         if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise ConfigError(
                 f"{path} does not compare by inner products, as cosines are: build it with"
                 " `clip-retrieval index`, or by FAISS with METRIC_INNER_PRODUCT"
             )
-        self.search: dict[str, int] = database.told.get("indexes", {}).get(side, {}).get("search", {})
+        self.search: dict[str, int] = (told or {}).get("search", {})
 
     def __call__(
         self, queries: np.ndarray, k: int, search: dict[str, int] | None = None

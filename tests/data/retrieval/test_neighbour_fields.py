@@ -197,7 +197,8 @@ def test_the_samples_own_patches_are_left_out_wherever_their_shard_lies(tmp_path
     write_tar(tmp_path / "shards" / "1.tar", [("other.png", picture(40, 30, form="PNG", seed=99))])
     assert execute([*line, f"neighbours_of={tmp_path}/shards", "without_itself=true"]) != 0
     assert "1.tar is no longer what the database" in capsys.readouterr().err
-    (tmp_path / "db" / "database.json").unlink()
+    save_database(tmp_path / "theirs", [np.eye(10)])
+    line[1] = f"database={tmp_path}/theirs"
     assert execute([*line, f"neighbours_of={asked}", "k=8", "column=others", "without_itself=true"]) == 2
     assert "does not tell the shards that it was made of" in capsys.readouterr().err
 

@@ -160,7 +160,7 @@ def test_what_cannot_be_searched_is_refused(database, tmp_path):
     other.add(np.concatenate(vectors))
     faiss.write_index(other, str(path))
     with pytest.raises(ConfigError, match=r"image\.index does not compare by inner products"):
-        Searcher(small)
+        Searcher(Database(tmp_path))  # of which nothing is told
     path.write_bytes(whole)
     (tmp_path / "img_emb" / "img_emb_00001.npy").unlink()
     with pytest.raises(ConfigError, match="holds 100 embeddings of 8 numbers, the database 50"):
