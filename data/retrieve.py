@@ -264,13 +264,14 @@ def _known(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Refuse to write over a database that is not ours."""
+    """Refuse to write over what is not ours."""
     metadata = sorted(folder.glob("metadata/*.parquet"))
+    there = [*metadata, *sorted(folder.glob("*_emb/*.npy")), *sorted(folder.glob("*.index"))]
     ours = told_path(folder).exists() or any("recipe" in told_at(str(path), Store()) for path in metadata)
-    if metadata and not ours:
+    if there and not ours:
         raise ConfigError(
-            f"database={folder} was not written by Millrace, which would write over it: leave out shards= to use it as"
-            " it is, or name another folder"
+            f"database={folder} has {there[0].relative_to(folder)}, and was not written by Millrace, which would write"
+            " over it: leave out shards= to use it as it is, or name another folder"
         )
 
 

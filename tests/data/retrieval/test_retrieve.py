@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from shard_files import picture, write_tar
-from vectors import save_database
+from vectors import save_database, save_index
 
+import data.retrieval.embedding
 from conf.errors import ConfigError
 from data.index import ensure_indexed
 from data.parquet import to_parquet
@@ -325,13 +326,26 @@ def test_what_cannot_be_is_refused(tmp_path, model, change, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_database_of_others_is_not_written_over(tmp_path, model, capsys):
+@pytest.mark.parametrize("kept", ["**/*.*", "img_emb/*.npy", "image.index", "metadata/*.parquet"])
+def test_a_database_of_others_is_not_written_over(tmp_path, model, capsys, kept):
     shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
-    save_database(folder, [np.eye(10)] * 2)
+    save_index(save_database(folder, [np.eye(10)] * 2))
+    for path in set(folder.rglob("*.*")) - set(folder.glob(kept)):
+        path.unlink()
     before = files(folder)
-    assert execute(command(folder, model, f"shards={shards}")) == 2
+    assert before and execute(command(folder, model, f"shards={shards}")) == 2
     assert "was not written by Millrace, which would write over it" in capsys.readouterr().err
     assert files(folder) == before
+
+
+def test_a_first_part_of_ours_without_its_metadata_is_written_over(tmp_path, model, monkeypatch):
+    shards, folder = write_shards(tmp_path / "shards"), tmp_path / "db"
+    with monkeypatch.context() as patched:
+        patched.setattr(data.retrieval.embedding, "to_parquet", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            execute(command(folder, model, f"shards={shards}"))
+    assert (folder / "img_emb" / "img_emb_00000.npy").exists() and not (folder / "metadata").exists()
+    assert execute(command(folder, model, f"shards={shards}")) == 0 and Database(folder).rows == 17
 
 
 def test_damage_is_told_of(tmp_path, model, capsys):
