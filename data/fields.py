@@ -83,6 +83,11 @@ class Field(ABC):
         themselves."""
         return None
 
+    @property
+    def example(self) -> str:
+        """What someone could give on a command line."""
+        return "a.png"
+
     @abstractmethod
     def read(self, origin: Origin) -> Any:
         """A sample's value.
@@ -151,6 +156,10 @@ class Label(_Aside):
     def __post_init__(self) -> None:
         self._check()
 
+    @property
+    def example(self) -> str:
+        return self.names[0] if self.names else "0"
+
     def read(self, origin: Origin) -> Tensor:
         try:
             return torch.tensor(label_of(self._raw(origin), self.names, self.classes))
@@ -202,6 +211,10 @@ class Number(_Aside):
     def optional(self) -> bool:
         return self.default is not None
 
+    @property
+    def example(self) -> str:
+        return "0.5"
+
     def read(self, origin: Origin) -> Tensor:
         if self.default is not None and self.column is not None and origin.columns.get(self.columns[0]) is None:
             return torch.tensor(self.default)
@@ -246,6 +259,10 @@ class Boxes(_Aside):
 
     def __post_init__(self) -> None:
         self._check()
+
+    @property
+    def example(self) -> str:
+        return "a.json"
 
     def read(self, origin: Origin) -> Layout:
         try:

@@ -22,6 +22,8 @@ Map = TypeVar("Map", bound=ConditionMap)
 Asked = dict[str, str]
 """What one picture is drawn of: "prompt", "image" and fields, as they were given."""
 
+_NAMES = {"captions": "prompt", "images": "image"}
+
 
 def asked_for(config: Any, loaded: Loaded) -> list[Asked]:
     """What each picture is drawn of.
@@ -41,8 +43,9 @@ def asked_for(config: Any, loaded: Loaded) -> list[Asked]:
         columns = dict.fromkeys(neighbours, columns["prompt"]) | columns
     if "image" in columns and not getattr(conditioner, "reads_images", False):
         raise ConfigError(f"images: no encoder of {loaded.source} reads pictures; leave them out.")
-    if not columns and not neighbours and not (isinstance(conditioner, Conditioner) and conditioner.parts == 0):
-        raise ConfigError("there is nothing to draw: give prompts=['a red circle'] or prompts_file=<a prompt a line>.")
+    reads = _reads(loaded)
+    if not columns and not neighbours and reads:
+        raise ConfigError(f"there is nothing to draw: give {', '.join(reads.values())}.")
     number = max((len(values) for values in columns.values()), default=1)
     for name, values in columns.items():
         if len(values) not in (1, number):
@@ -51,6 +54,28 @@ def asked_for(config: Any, loaded: Loaded) -> list[Asked]:
                 f"there are {len(values)} {_key(name)} and {number} {_key(most)}: give as many, or one of either."
             )
     return [{name: values[i % len(values)] for name, values in columns.items()} for i in range(number)]
+
+
+def _reads(loaded: Loaded) -> dict[str, str]:
+    """What a model reads, as `asked_for` names it, and how each is given."""
+    conditioner = loaded.networks["conditioner"]
+    told = {"prompt": "prompts=['a red circle'] or prompts_file=<a prompt a line>", "image": "images=[a.png]"}
+    if not isinstance(conditioner, Conditioner):
+        return {"prompt": told["prompt"]}
+    found = {}
+    of_encoders = [_NAMES.get(encoder.reads, encoder.reads) for encoder in conditioner.numbered()]
+    for name in [*of_encoders, *_reads_of_maps(loaded)]:
+        example = loaded.fields[name].example if name in loaded.fields else "a.png"
+        found[name] = told.get(name, f"fields.{name}=[{example}]")
+    return found
+
+
+def _reads_of_maps(loaded: Loaded) -> list[str]:
+    """What no picture is drawn without, as `asked_for` names it."""
+    conditioner = loaded.networks["conditioner"]
+    maps = conditioner.map_list() if isinstance(conditioner, Conditioner) else []
+    names = [name for one in maps for name in ((one.field,) if isinstance(one, LowResolution) else one.reads)]
+    return [_NAMES.get(name, name) for name in names]
 
 
 def _key(name: str) -> str:
@@ -83,7 +108,8 @@ class ConditionReader:
     """
 
     def __init__(self, config: Any, loaded: Loaded, size: tuple[int, int]) -> None:
-        self._size = size
+        self._size, self._source = size, loaded.source
+        self._needed = {name: how for name, how in _reads(loaded).items() if name in _reads_of_maps(loaded)}
         self._sizes: dict[str, Any] = {key: _pair(config, key) for key in ("crop", "original_size", "target_size")}
         self._fields = dict(loaded.fields)
         self._neighbours = NeighbourReader(config, loaded)
@@ -106,8 +132,14 @@ class ConditionReader:
         return asked or self._neighbours.drawn(seed)
 
     def picture(self, asked: Asked, seed: int) -> Picture:
-        """A picture to draw."""
+        """A picture to draw.
+
+        Raises:
+            ConfigError: it comes with what the model does not read, or without what it draws nothing without.
+        """
         fields = {name: self.value(name, text) for name, text in asked.items() if name not in ("prompt", "image")}
+        if missing := [how for name, how in self._needed.items() if name not in asked]:
+            raise ConfigError(f"{self._source} draws nothing without it: give {', '.join(missing)}.")
         image = self.image("image", asked["image"]) if "image" in asked else None
         return Picture(asked.get("prompt", ""), seed, *self._size, image, fields, **self._sizes)
 

@@ -115,6 +115,27 @@ def test_sampling_beyond_the_size_of_training(folder: Path, capsys):
     assert "fields.mask: the model was trained without such a field" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("imagenet", "fields.class=[0]"),
+        ("text2img", "prompts=['a red circle'] or prompts_file=<a prompt a line>"),
+        ("layout_openimages", "fields.boxes=[a.json]"),
+        ("semantic", "fields.map=[a.png]"),
+        ("super_resolution", "fields.low_resolution=[a.png]"),
+    ],
+)
+def test_what_is_to_be_given_is_what_the_model_reads(folder: Path, task: str, given: str, capsys):
+    experiment = [f"experiment=ldm/{task}", "steps=1", "samples.every=null", "validation.every=null"]
+    run(1, folder, f"asks_{task}", *experiment)
+    source = [f"source={folder}/runs/asks_{task}", f"out={folder}/out"]
+    assert cli.execute(["sample", *source]) == 2
+    assert f"there is nothing to draw: give {given}." in capsys.readouterr().err
+    if task in ("semantic", "super_resolution"):
+        assert cli.execute(["sample", *source, "prompts=[a red circle]"]) == 2
+        assert f"draws nothing without it: give {given}" in capsys.readouterr().err
+
+
 REFUSED = [
     (["experiment=ldm/imagenet", "~data.fields.class"], "data.fields.class is missing: the conditioner reads it"),
     (["experiment=ldm/imagenet", "objective.train_conditioner=false"], "set objective.train_conditioner=true"),
