@@ -51,7 +51,7 @@ from trainer.evaluation.pictures import DrawnPictures, KeptPictures, PictureSet,
 from trainer.evaluation.results import SHOWN, Results, caption_of
 from trainer.loading import Loaded
 from trainer.rank_progress import rank_progress
-from trainer.sample import guidance_of, sampler_of
+from trainer.sample import check_guidance, guidance_of, sampler_of
 from trainer.sample_neighbours import NeighboursConfig
 from trainer.sampling import OwnGuidance, OwnSampler
 
@@ -256,13 +256,21 @@ def build_metrics(config: Any) -> list[Metric]:
 
 
 def settings_of(config: Any, model: Model | None) -> list[Setting]:
-    """All combinations of averages, guidance scales and steps; a single one of pictures that are not drawn."""
+    """All combinations of averages, guidance scales and steps; a single one of pictures that are not drawn.
+
+    Raises:
+        ConfigError: guidance that is asked for does not act in the model.
+    """
     if not isinstance(model, Loaded):
         return [Setting()]
     own = model.config.get("sampler", {}).get("steps")
     chosen = config.sampler.get("steps")
     steps = list(config.steps) or [own if chosen is None else chosen]
-    scales = list(config.guidance_scales) or [guidance_of(build(config.guidance), model).scale]
+    chosen = build(config.guidance)
+    check_guidance(chosen, model)
+    for scale in config.guidance_scales:
+        check_guidance(OwnGuidance(scale), model, key="guidance_scales")
+    scales = list(config.guidance_scales) or [guidance_of(chosen, model).scale]
     return [Setting(a, s, float(g)) for a, g, s in product(config.averages, scales, steps)]
 
 

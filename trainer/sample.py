@@ -25,6 +25,7 @@ from trainer.sampling import (
     OwnGuidance,
     OwnSampler,
     Picture,
+    acting,
     decode,
     draw_latents,
     draw_pass,
@@ -95,7 +96,9 @@ def run(config: Any) -> None:
         replace(given.picture(of, seed), negative=config.negative or None, start=start, mask=mask) for of, seed in told
     ]
     sampler = sampler_of(build(config.sampler), loaded)
-    guidance = guidance_of(build(config.guidance), loaded)
+    chosen = build(config.guidance)
+    check_guidance(chosen, loaded)
+    guidance = guidance_of(chosen, loaded)
     if isinstance(sampler, CodeSampler) and (start is not None or refiner is not None):
         key = "image" if start is not None else "refiner"
         raise ConfigError(f"{key}: {loaded.source} draws pictures code after code, from the first; leave it out.")
@@ -123,7 +126,7 @@ def run(config: Any) -> None:
         out = Path(config.out)
         shared: dict[str, Any] = {"source": loaded.source, "sampler": type(sampler).__name__}
         shared |= asdict(sampler) if isinstance(sampler, CodeSampler) else {"steps": sampler.steps}
-        shared["guidance"] = guidance.scale
+        shared |= told_of(guidance)
         shared |= {"adapters": list(config.adapters)} if config.adapters else {}
         shared |= {key: config[key] for key in ("negative", "mask", "strength", "refiner") if config[key]}
         shared |= {"changed": config.image} if config.image else {}
@@ -152,10 +155,36 @@ def sampler_of(chosen: Sampler | CodeSampler | OwnSampler, loaded: Loaded) -> An
 
 
 def guidance_of(chosen: Guidance | OwnGuidance, loaded: Loaded) -> Guidance:
-    """The guidance that is chosen; or the model's own, with what is chosen in its place."""
-    if isinstance(chosen, Guidance):
-        return chosen
-    return build(loaded.config["guidance"] | chosen.given)
+    """The guidance that is chosen, or the model's own with what is chosen in its place: what of it acts."""
+    whole = chosen if isinstance(chosen, Guidance) else build(loaded.config["guidance"] | chosen.given)
+    return acting(whole, loaded.networks["conditioner"])
+
+
+def check_guidance(chosen: Guidance | OwnGuidance, *models: Loaded, key: str = "guidance.scale") -> None:
+    """Refuse guidance that is asked for, and acts in none of the models.
+
+    Args:
+        key: that the scale was given by.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    given = chosen.given if isinstance(chosen, OwnGuidance) else vars(chosen)
+    able = [acting(Guidance(2.0, 2.0), one.networks["conditioner"]) for one in models]
+    source = " or ".join(one.source for one in models)
+    if given.get("scale", 1) != 1 and all(one.scale == 1 for one in able):
+        raise ConfigError(f"{key}={given['scale']:g}: there is nothing that {source} could be guided to; leave it out.")
+    if given.get("picture_scale", 1) != 1 and all(one.picture_scale == 1 for one in able):
+        raise ConfigError(
+            f"guidance.picture_scale={given['picture_scale']:g}: {source} reads no picture beside what it draws; leave"
+            " it out."
+        )
+
+
+def told_of(guidance: Guidance) -> dict[str, float]:
+    """Guidance as pictures' metadata tells it."""
+    more = {"picture_scale": guidance.picture_scale} if guidance.picture_scale != 1 else {}
+    return {"guidance": guidance.scale, **more}
 
 
 def _strength(config: Any) -> float | None:

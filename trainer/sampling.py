@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,15 @@ class OwnGuidance:
     def given(self) -> dict[str, float]:
         """What is not its own."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def acting(guidance: Guidance, conditioner: nn.Module) -> Guidance:
+    """What of guidance changes predictions: without encoders nothing is left out of the unconditional one, without maps
+    nothing more of the bare one."""
+    guidance = copy(guidance)
+    guidance.scale = guidance.scale if conditioner.encoders else 1.0
+    guidance.picture_scale = guidance.picture_scale if conditioner.concat_channels else 1.0
+    return guidance
 
 
 @dataclass(frozen=True)
@@ -181,8 +191,7 @@ def draw_latents(
     conditioner: Any = networks["conditioner"]
     shape = first_stage.latent_shape(pictures[0].height, pictures[0].width)
     given = given_of(pictures, first_stage, device)
-    if not conditioner.encoders:  # nothing is left out of the unconditional prediction
-        guidance = Guidance()
+    guidance = acting(guidance, conditioner)
     conditions = conditioner(given)
     null_conditions = _null_conditions(conditioner, given, pictures) if guidance.acts else None
     bare_conditions = conditioner(given, conditioner.bare(len(pictures))) if guidance.picture_scale != 1 else None
@@ -213,8 +222,8 @@ def draw_codes(
     conditioner: Any = networks["conditioner"]
     _, rows, columns = first_stage.latent_shape(pictures[0].height, pictures[0].width)
     given = given_of(pictures, first_stage, device)
-    acts = guidance.scale != 1 and conditioner.encoders
-    null = _null_conditions(conditioner, given, pictures)["context"] if acts else None
+    guidance = acting(guidance, conditioner)
+    null = _null_conditions(conditioner, given, pictures)["context"] if guidance.scale != 1 else None
     uniform = SamplingDraws([p.seed for p in pictures]).uniform("sampling/codes", (rows * columns,), device)
     context = conditioner(given).get("context")
     codes = sampler.sample(networks["denoiser"], uniform, context, null, guidance.scale)

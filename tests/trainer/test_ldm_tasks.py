@@ -136,6 +136,29 @@ def test_what_is_to_be_given_is_what_the_model_reads(folder: Path, task: str, gi
         assert f"draws nothing without it: give {given}" in capsys.readouterr().err
 
 
+def test_guidance_that_cannot_act_is_refused_and_a_runs_own_falls_back(folder: Path, capsys):
+    """Where nothing is left out of the unconditional prediction, and where no picture lies beside the latent."""
+    quick = ["steps=1", "samples.every=1", "validation.every=null", "guidance=cfg", "guidance.scale=3"]
+    run(1, folder, "unguided", "experiment=ldm/celebahq", *quick)
+    run(1, folder, "classes", "experiment=ldm/imagenet", *quick)
+    source = ["sample", f"source={folder}/runs/unguided", f"out={folder}/unguided", "sampler.steps=2"]
+    for more in (["guidance.scale=3"], ["guidance=cfg", "guidance.scale=3"]):
+        assert cli.execute([*source, *more]) == 2
+        assert "guidance.scale=3: there is nothing that" in capsys.readouterr().err
+    pictures = []
+    for more in ([], ["guidance.scale=1"]):
+        assert cli.execute([*source, *more]) == 0
+        drawn = Image.open(folder / "unguided/00000.png")
+        assert float(drawn.text["guidance"]) == 1 and "picture_scale" not in drawn.text
+        pictures.append(np.asarray(drawn))
+    assert np.array_equal(*pictures)
+    source = ["sample", f"source={folder}/runs/classes", f"out={folder}/classes", "fields.class=[1]", "sampler.steps=2"]
+    assert cli.execute([*source, "guidance.picture_scale=1.5"]) == 2
+    assert "guidance.picture_scale=1.5: " in capsys.readouterr().err
+    assert cli.execute(source) == 0
+    assert float(Image.open(folder / "classes/00000.png").text["guidance"]) == 3
+
+
 REFUSED = [
     (["experiment=ldm/imagenet", "~data.fields.class"], "data.fields.class is missing: the conditioner reads it"),
     (["experiment=ldm/imagenet", "objective.train_conditioner=false"], "set objective.train_conditioner=true"),

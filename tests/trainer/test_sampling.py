@@ -32,7 +32,7 @@ ENGINES: dict[str, EngineConfig] = {"fsdp": FSDP(precision="fp32"), "zero3": Dee
 class Words(nn.Module):
     """Every prompt is a random sequence of its own."""
 
-    encoders = 1
+    encoders, concat_channels = 1, 0
     sizes = None
 
     def unconditional(self, n: int) -> Tensor:

@@ -88,12 +88,15 @@ def test_boxes_maps_and_pictures_are_those_of_samples(home: Path, task: str, cap
     assert row["samples"] == 14 and row["fid_random_stand_in"] > 0
 
 
-def test_nothing_is_asked_of_an_unconditional_model(home: Path, tmp_path: Path):
+def test_nothing_is_asked_of_an_unconditional_model(home: Path, tmp_path: Path, capsys):
     run = trained(home, "celebahq")
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(8), sigma=np.eye(8))
     given = [f"source={run}", f"reference={tmp_path}/statistics.npz", "samples=5"]
     status, pictures = evaluated(home, "unconditional", *given)
     assert status == 0 and len(kept(pictures)) == 5
+    for key, more in (("guidance_scales=2", "guidance_scales=[1,2]"), ("guidance.scale=3", "guidance.scale=3")):
+        status, _ = evaluated(home, "guided", *given, more)
+        assert status == 2 and f"{key}: there is nothing that" in capsys.readouterr().err
 
 
 def test_neighbours_are_those_of_samples_of_captions_or_of_drawn_entries(home: Path, tmp_path: Path, capsys):
