@@ -14,6 +14,7 @@ channel (latent diffusion, arXiv 2112.10752, section 3.3).
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -161,12 +162,14 @@ class ConditionMap(nn.Module, ABC):
         channels: that it gives.
         learned: whether it has weights, trained with the denoiser.
         folder: with weights that it starts from; None: drawn.
+        sampled_with: numbers that sampling takes for fields that are not given, where training draws them.
     """
 
     reads: tuple[str, ...]
     channels: int
     learned: bool = False
     folder: str | None = None
+    sampled_with: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def forward(self, given: Given) -> Tensor:

@@ -222,7 +222,8 @@ class LowResolution(ConditionMap):
 
     With noise augmentation, Gaussian noise is added whose standard deviation is drawn for each sample between 0 and
     `noise`; a further channel tells it, so that the network knows how far to trust the picture (arXiv 2106.15282,
-    section 4.2). Where the samples' field `level_field` holds a number, it is the standard deviation.
+    section 4.2). Where the samples' field `level_field` holds a number, it is the standard deviation; in sampling it is
+    0 unless said otherwise.
 
     Args:
         factor: that sides are divided by, bicubic and antialiased, in 256 levels as a picture's file has.
@@ -239,6 +240,7 @@ class LowResolution(ConditionMap):
             raise ValueError(f"a factor of at least 1 and no negative noise, not factor={factor}, noise={noise}")
         self.factor, self.noise, self.field, self.level_field = factor, noise, field, level_field
         self.reads, self.channels = (), 3 + (noise > 0)
+        self.sampled_with = {level_field: 0.0} if noise else {}
 
     def forward(self, given: Given) -> Tensor:
         low = given.read(self.field)

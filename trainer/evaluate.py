@@ -45,6 +45,7 @@ from trainer.evaluation.opening import (
     open_model,
     open_prompts,
     open_reference,
+    sampling_numbers,
     told_of_reference,
 )
 from trainer.evaluation.pictures import DrawnPictures, KeptPictures, PictureSet, ReconstructedPictures
@@ -389,6 +390,7 @@ def _row(
         "source": model.source if model is not None else ", ".join(listed(config.generated)),
         "sampler": sampler._target_.rpartition(".")[2] if setting.steps is not None else None,
         **asdict(setting),
+        **(sampling_numbers(model) if isinstance(model, Loaded) else {}),
         "samples": count,
         "reference": told_of_reference(config, reference),
         "features": ", ".join(dict.fromkeys(metric.label for metric in metrics if metric.label is not None)) or None,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from data.draws import Draws
 from models.code_sampler import CodeSampler
-from models.conditioner import Given
+from models.conditioner import Conditioner, Given
 from models.guidance import Guidance, denoiser
 from models.process import Process
 from models.samplers import Course, Sampler
@@ -190,7 +190,7 @@ def draw_latents(
     first_stage: Any = networks["first_stage"]
     conditioner: Any = networks["conditioner"]
     shape = first_stage.latent_shape(pictures[0].height, pictures[0].width)
-    given = given_of(pictures, first_stage, device)
+    given = given_of(pictures, first_stage, conditioner, device)
     guidance = acting(guidance, conditioner)
     conditions = conditioner(given)
     null_conditions = _null_conditions(conditioner, given, pictures) if guidance.acts else None
@@ -221,7 +221,7 @@ def draw_codes(
     first_stage: Any = networks["first_stage"]
     conditioner: Any = networks["conditioner"]
     _, rows, columns = first_stage.latent_shape(pictures[0].height, pictures[0].width)
-    given = given_of(pictures, first_stage, device)
+    given = given_of(pictures, first_stage, conditioner, device)
     guidance = acting(guidance, conditioner)
     null = _null_conditions(conditioner, given, pictures)["context"] if guidance.scale != 1 else None
     uniform = SamplingDraws([p.seed for p in pictures]).uniform("sampling/codes", (rows * columns,), device)
@@ -275,11 +275,22 @@ class SamplingDraws:
         return [Draws(seed, ((SAMPLING_STEP, 0, self.step),)) for seed in self.seeds]
 
 
-def given_of(pictures: Sequence[Picture], first_stage: nn.Module, device: torch.device) -> Given:
-    """What pictures of one size come with, as a conditioner takes it."""
+def sampled_with(conditioner: nn.Module) -> dict[str, float]:
+    """Numbers that stand for fields which are not given; see `ConditionMap`."""
+    maps = conditioner.map_list() if isinstance(conditioner, Conditioner) else []
+    return {name: number for one in maps for name, number in one.sampled_with.items()}
+
+
+def given_of(
+    pictures: Sequence[Picture], first_stage: nn.Module, conditioner: nn.Module, device: torch.device
+) -> Given:
+    """What pictures of one size come with, as a conditioner takes it, and numbers that it is sampled with."""
     images = [p.image for p in pictures if p.image is not None]
     assert len(images) in (0, len(pictures)), "some pictures have an image, and some have none"
     height, width = pictures[0].height, pictures[0].width
+    fields = {name: _column([p.fields[name] for p in pictures], device) for name in pictures[0].fields}
+    for name, number in sampled_with(conditioner).items():
+        fields.setdefault(name, torch.full((len(pictures),), number, device=device))
 
     def sizes(values: Sequence[tuple[int, int] | None]) -> Tensor:
         return torch.tensor([value or (height, width) for value in values], device=device)
@@ -288,7 +299,7 @@ def given_of(pictures: Sequence[Picture], first_stage: nn.Module, device: torch.
         captions=[p.prompt for p in pictures],
         size=(height, width),
         images=torch.stack(images).to(device) if images else None,
-        fields={name: _column([p.fields[name] for p in pictures], device) for name in pictures[0].fields},
+        fields=fields,
         original_size=sizes([p.original_size for p in pictures]),
         crop=sizes([p.crop for p in pictures]),
         target_size=sizes([p.target_size for p in pictures]),

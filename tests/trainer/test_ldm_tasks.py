@@ -159,6 +159,18 @@ def test_guidance_that_cannot_act_is_refused_and_a_runs_own_falls_back(folder: P
     assert float(Image.open(folder / "classes/00000.png").text["guidance"]) == 3
 
 
+def test_a_low_resolution_picture_is_sampled_without_noise_unless_it_is_told(folder: Path):
+    run(1, folder, "low", "experiment=ldm/super_resolution", "steps=1", "samples.every=null", "validation.every=null")
+    source = [f"source={folder}/runs/low", f"out={folder}/low", "sampler.steps=2", LOW.replace("{folder}", str(folder))]
+    pictures = []
+    for more in ([], ["fields.noise_level=[0]"], ["fields.noise_level=[0.1]"]):
+        assert cli.execute(["sample", *source, *more]) == 0
+        drawn = Image.open(folder / "low/00000.png")
+        assert float(drawn.text["noise_level"]) == (0.1 if "0.1" in str(more) else 0)
+        pictures.append(np.asarray(drawn, dtype=int))
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+
+
 REFUSED = [
     (["experiment=ldm/imagenet", "~data.fields.class"], "data.fields.class is missing: the conditioner reads it"),
     (["experiment=ldm/imagenet", "objective.train_conditioner=false"], "set objective.train_conditioner=true"),

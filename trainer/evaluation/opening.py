@@ -23,6 +23,7 @@ from trainer.evaluation.distributions import read_statistics
 from trainer.evaluation.pictures import Asked, FolderPictures, TarPictures, one_size, single_bucket
 from trainer.loading import Loaded, LoadedFirstStage, load_first_stage, load_model
 from trainer.sample_neighbours import NeighbourReader
+from trainer.sampling import sampled_with
 
 Model = Loaded | LoadedFirstStage
 
@@ -184,9 +185,17 @@ def identity_of_pictures(
     told["precision"] = config.precision
     if conditions is not None:
         told["conditions"] = conditions.fingerprint
+    if isinstance(model, Loaded):
+        told |= sampling_numbers(model)
     for key in ("sampler", "guidance", "neighbours"):
         told[key] = OmegaConf.to_container(config[key])
     return told
+
+
+def sampling_numbers(model: Loaded) -> dict[str, float]:
+    """Numbers that stand for fields which samples do not come with; see `ConditionMap`."""
+    told = sampled_with(model.networks["conditioner"])
+    return {name: number for name, number in told.items() if name not in model.fields}
 
 
 def told_of_reference(config: Any, reference: Any) -> str | None:

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
+from models.conditioner import Given
+from models.conditions import LowResolution
 from tests.data.curation.tiny_models import save_clip
 from tests.models import tiny_pipelines
 from tests.trainer.jobs import QUICK, train_on
@@ -78,14 +81,24 @@ def test_classes_are_those_of_samples(home: Path, given: bool, capsys):
 
 
 @pytest.mark.parametrize("task", ["layout_openimages", "semantic", "super_resolution", "inpainting"])
-def test_boxes_maps_and_pictures_are_those_of_samples(home: Path, task: str, capsys):
+def test_boxes_maps_and_pictures_are_those_of_samples(home: Path, task: str, capsys, monkeypatch):
     run = trained(home, task)
+    levels = set()
+    forward = LowResolution.forward
+
+    def watched(map_: LowResolution, given: Given) -> Tensor:
+        levels.update(forward(map_, given)[:, 3].unique().tolist())
+        return forward(map_, given)
+
+    monkeypatch.setattr(LowResolution, "forward", watched)
     status, pictures = evaluated(home, f"of_{task}", f"source={run}", f"reference={home}/others", "samples=14")
     assert status == 0, capsys.readouterr().err
     drawn = kept(pictures)
     assert len(drawn) == 14 and drawn[0][1] == drawn[12][1] != ""  # of 12 samples
     (row,) = json.loads((home / "runs" / f"of_{task}" / "evaluation.json").read_text())
     assert row["samples"] == 14 and row["fid_random_stand_in"] > 0
+    assert levels == ({0.0} if task == "super_resolution" else set())
+    assert row.get("noise_level") == (0 if levels else None)
 
 
 def test_nothing_is_asked_of_an_unconditional_model(home: Path, tmp_path: Path, capsys):
