@@ -29,6 +29,8 @@ PEFT_FILE, DIFFUSERS_FILE, CONFIG_FILE = (
     "pytorch_lora_weights.safetensors",
     "adapter_config.json",
 )
+# peft's initializations that take a part out of the base weights.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 _PEFT_PREFIX, _METADATA = "base_model.model.", "lora_adapter_metadata"
 DENOISER = "denoiser"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -378,8 +380,13 @@ def load_adapters(folder: str | Path) -> dict[str, Adapter]:
         raise ValueError(f"{file} is no LoRA in peft's names: it has {some(unknown or source.names())}")
     for component, adapter in found.items():
         prefixes = ("unet.", "transformer.", "") if component == DENOISER else (f"{component}.",)
-        keys = ("lora_alpha", "alpha_pattern", "use_rslora")
+        keys = ("lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights")
         told = {key: config[p + key] for p in prefixes for key in keys if p + key in config}
+        if str(told.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
+            raise ValueError(
+                f"{file}: init_lora_weights is {told['init_lora_weights']!r}, which changes the weights that"
+                " adapters are added to; save it with peft's path_initial_model_for_weight_conversion, as a plain LoRA"
+            )
         for module, down in adapter.down.items():
             if module not in adapter.alphas:
                 own = _matching(told.get("alpha_pattern") or {}, module, file)

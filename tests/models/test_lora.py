@@ -265,6 +265,11 @@ def test_a_pattern_that_is_none_is_named_with_its_file(made, tmp_path):
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=rf"{PEFT_FILE}: alpha_pattern '\(to_q' is no regular expression"):
         Adapter.load(tmp_path / PEFT_FILE)
+    (tmp_path / CONFIG_FILE).write_text(
+        json.dumps(settings | {"alpha_pattern": {}, "init_lora_weights": "pissa_niter_4"})
+    )
+    with pytest.raises(ValueError, match=rf"{PEFT_FILE}: init_lora_weights is 'pissa_niter_4', which changes"):
+        Adapter.load(tmp_path / PEFT_FILE)
 
 
 @torch.no_grad()
