@@ -162,7 +162,13 @@ def _show(config: Config, database: Database, embedding: Embedding, store: Store
 
     if config.query:
         database.check_model(embedding.fingerprint(), embedding.model)
-        ids, similarities = answer(config.query, Searcher(database), embedding, min(config.k, database.rows))
+        searcher = Searcher(database)
+        try:
+            ids, similarities = answer(config.query, searcher, embedding, min(config.k, database.rows))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"query: {error}") from error
         texts = [f"{similarity:.3f}" for similarity in similarities.tolist()]
         png = Shelf(database, store, config.manifest_folder).draw(ids.tolist(), texts)
         store.write(config.out, png)

@@ -21,9 +21,10 @@ from data.curation.base import Media
 from data.curation.clip import Embedder, shared_embedder
 from data.curation.media import read_media
 from data.curation.pretrained import Device, Dtype, fingerprint, model_folder
-from data.decode import decode_image
+from data.decode import DecodeError, decode_image
 from data.hashing import mix64, text64
 from data.manifest import Manifest
+from data.media_size import IMAGE_EXTENSIONS
 from data.parquet import to_parquet, told_at
 from data.retrieval.database import SIDES, Side, embedding_path, map_embeddings, metadata_path
 from data.retrieval.marks import mark_at, mark_of
@@ -119,13 +120,25 @@ def embed_query(query: str, embedder: Embedder) -> np.ndarray:
     """The embedding, (1, d), of a text, or of the picture whose file it names.
 
     Raises:
-        DecodeError: the picture is damaged.
-        ValueError: the model embeds pictures only.
+        ValueError: there is no such picture, or it is damaged; the model embeds pictures only.
     """
     path = Path(query)
-    if path.suffix and path.is_file():
-        return embedder.images([decode_image(path.read_bytes()).pixels])
-    return embedder.texts([query])
+    picture = path.suffix[1:].lower() in IMAGE_EXTENSIONS
+    try:
+        there = bool(path.suffix) and path.is_file()
+    except OSError:  # a text that is too long for a name
+        there = False
+    if not there and picture:
+        raise ValueError(
+            f"{query} is named as a picture, and there is no such file: correct its path, or drop the ending"
+        )
+    if not there:
+        return embedder.texts([query])
+    try:
+        pixels = decode_image(path.read_bytes()).pixels
+    except (DecodeError, OSError) as error:
+        raise ValueError(f"{query} cannot be read as a picture: {error}") from error
+    return embedder.images([pixels])
 
 
 def part_names(count: int) -> list[str]:

@@ -24,7 +24,7 @@ from conf.errors import ConfigError
 from data.index import ensure_indexed
 from data.parquet import to_parquet
 from data.retrieval.database import Database
-from data.retrieval.embedding import Embedding, PartWriter, Patches
+from data.retrieval.embedding import Embedding, PartWriter, Patches, embed_query
 from data.retrieval.field import Neighbours
 from data.retrieval.index import Searcher
 from data.retrieval.looking import answer
@@ -406,6 +406,31 @@ def test_texts_are_embedded_by_the_model_that_made_the_database_from_anywhere(tm
     with pytest.raises(ConfigError, match=r"/clip is no longer the model that made the database .*db: put"):
         Neighbours(str(folder), k=3).given("a red circle", (8, 8))
     assert Neighbours(str(folder), k=3).given("[3, 1, 2]", (8, 8)).shape == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("{folder}/photo.png", "query: .*photo.png is named as a picture, and there is no such file"),
+        ("photo.JPG", "query: photo.JPG is named as a picture, and there is no such file"),
+        ("{folder}/broken.png", "query: .*broken.png cannot be read as a picture: "),
+        ("{folder}/notes.txt", "query: .*notes.txt cannot be read as a picture: "),
+    ],
+)
+def test_a_picture_that_is_not_there_or_cannot_be_decoded_is_told_of(tmp_path, model, capsys, query, message):
+    shards, folder = write_shards(tmp_path / "shards", 1), tmp_path / "db"
+    assert execute(command(folder, model, f"shards={shards}")) == 0
+    (tmp_path / "broken.png").write_bytes(picture(40, 40, form="PNG")[:100])
+    (tmp_path / "notes.txt").write_text("a red circle")
+    assert execute(command(folder, model, f"query={query.format(folder=tmp_path)}", "k=3")) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_long_text_with_a_period_is_a_text(model):
+    embedder = Embedding(str(model)).embedder()
+    text = "a red circle. " + "It is red " * 40
+    assert np.array_equal(embed_query(text, embedder), embedder.texts([text]))
+    assert np.array_equal(embed_query("a picture of Mr. Png", embedder), embedder.texts(["a picture of Mr. Png"]))
 
 
 def test_a_question_is_answered_by_a_sheet_and_a_page_shows_neighbours(tmp_path, model, capsys):
