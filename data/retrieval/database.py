@@ -197,9 +197,9 @@ class Database:
             found[of_part] = self._checked_map(side, part)[flat[of_part] - part.start]
         return _unit(found).reshape(*np.shape(ids), self.width)
 
-    def of_part(self, part: Part, side: Side = "image") -> np.ndarray:
-        """All of a part's embeddings, of length one, (m, d) float32."""
-        return _unit(np.asarray(self._checked_map(side, part), np.float32))
+    def of_part(self, part: Part, side: Side = "image", rows: slice = slice(None)) -> np.ndarray:
+        """A part's embeddings, all or some of its rows, of length one, (m, d) float32."""
+        return _unit(np.asarray(self._checked_map(side, part)[rows], np.float32))
 
     def metadata(self, ids: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """What the rows of these ids are of, in the order given.

@@ -312,7 +312,7 @@ def brute_force(
     ids = np.full((len(queries), k), -1, np.int64)
     for part in database.parts:
         for start in range(0, part.rows, _BLOCK):
-            vectors = database.of_part(part, side)[start : start + _BLOCK]
+            vectors = database.of_part(part, side, slice(start, start + _BLOCK))
             first = part.start + start
             similar = queries @ vectors.T
             if without is not None:

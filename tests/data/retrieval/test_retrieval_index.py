@@ -58,6 +58,20 @@ def test_brute_force_is_sorting_all(database):
     assert (found == true_neighbours(database, database.vectors(own), 8)[:, 1:]).all()
 
 
+def test_brute_force_reads_each_row_once(database, monkeypatch):
+    read, of_part = [], Database.of_part
+
+    def counted(*args):
+        read.append(of_part(*args))
+        return read[-1]
+
+    monkeypatch.setattr(Database, "of_part", counted)
+    monkeypatch.setattr("data.retrieval.index._BLOCK", 300)
+    found = brute_force(database, "image", QUERIES[:50], 7)
+    assert sum(map(len, read)) == database.rows and max(map(len, read)) == 300
+    assert (found == true_neighbours(database, QUERIES[:50], 7)).all()
+
+
 @pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
 def test_every_kind_reaches_the_recall_that_it_tells(database, kind):
     memory = SMALL if kind == "ivf_pq" else 1.0
