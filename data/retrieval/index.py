@@ -182,7 +182,7 @@ class IndexBuilder:
         if not index.is_trained:
             count = min(self.database.rows, max(self.plan.cells * self.settings.training, 256 * 40))
             drawn = np.random.default_rng(self.settings.seed).choice(self.database.rows, count, replace=False)
-            with faiss_threads(threads), _on_gpus(index):
+            with faiss_threads(threads), _on_gpus(index, self.plan.cells):
                 index.train(self.database.vectors(np.sort(drawn), self.side))
         _write(index, path)
 
@@ -414,12 +414,17 @@ def _write(index: Any, path: Path) -> None:
 
 
 @contextmanager
-def _on_gpus(index: Any) -> Iterator[None]:
-    """Let GPUs, where FAISS has them, do the k-means of training."""
-    cells: Callable[..., Any] | None = getattr(faiss, "index_cpu_to_all_gpus", None)
-    if cells is not None and getattr(faiss, "get_num_gpus", lambda: 0)() and hasattr(index, "quantizer"):
-        faiss.extract_index_ivf(index).clustering_index = cells(faiss.IndexFlatIP(index.d))
+def _on_gpus(index: Any, cells: int) -> Iterator[None]:
+    """Let GPUs, where FAISS has them, do the k-means that finds the cells."""
+    to_gpus: Callable[..., Any] | None = getattr(faiss, "index_cpu_to_all_gpus", None)
+    if to_gpus is None or not cells or not getattr(faiss, "get_num_gpus", lambda: 0)():
+        yield
+        return
+    own = faiss.extract_index_ivf(index)
+    own.clustering_index = comparing = to_gpus(faiss.IndexFlatIP(own.d))
     yield
+    own.clustering_index = None
+    del comparing  # which FAISS, that has a pointer to it, does not keep
 
 
 def _first(error: Exception) -> str:

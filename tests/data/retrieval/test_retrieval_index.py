@@ -120,6 +120,29 @@ def test_blocks_of_several_tasks_are_those_of_one(database, kind, monkeypatch):
     assert (one[0] == several[0]).all() and np.allclose(one[1], several[1])
 
 
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
+def test_cells_are_found_on_gpus_where_faiss_has_them(database, kind, monkeypatch):
+    """A processor's index stands for the GPUs' own, which this FAISS lacks."""
+    settings = IndexSettings(kind=kind, memory_gib=SMALL if kind == "ivf_pq" else 1.0, cells=16)
+    builder = IndexBuilder(database, "image", settings)
+    builder.train(1)
+    (path,) = builder._work.glob("trained-*")
+    alone = path.read_bytes()
+    builder.clean()
+    made = []
+
+    def to_gpus(index):
+        made.append(faiss.IndexFlatIP(index.d))
+        return made[-1]
+
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", to_gpus, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    builder.train(1)
+    assert path.read_bytes() == alone
+    assert [one.ntotal for one in made] == ([] if kind == "hnsw" else [16])  # the centres, that k-means left in it
+    builder.clean()
+
+
 def test_steps_that_were_done_are_not_done_again(database):
     builder = IndexBuilder(database, "image", IndexSettings(kind="ivf_flat", cells=32))
     builder.train(1)
