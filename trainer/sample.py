@@ -88,7 +88,7 @@ def run(config: Any) -> None:
     strength = _strength(config)
     asked = asked_for(config, loaded)
     size = size_of(config, loaded, asked)
-    given = ConditionReader(config, loaded, size)
+    given = ConditionReader(config, loaded, size, refiner)
     start = given.image("image", config.image) if config.image is not None else None
     mask = given.mask("mask", config.mask) if config.mask is not None else None
     seeds = [config.seed + i for i in range(config.each)]
@@ -98,8 +98,9 @@ def run(config: Any) -> None:
     ]
     sampler = sampler_of(build(config.sampler), loaded)
     chosen = build(config.guidance)
-    check_guidance(chosen, loaded)
+    check_guidance(chosen, *([loaded] if refiner is None else [loaded, refiner]))
     guidance = guidance_of(chosen, loaded)
+    refining = guidance_of(chosen, refiner) if refiner is not None else None
     if isinstance(sampler, CodeSampler) and (start is not None or refiner is not None):
         key = "image" if start is not None else "refiner"
         raise ConfigError(f"{key}: {loaded.source} draws pictures code after code, from the first; leave it out.")
@@ -107,6 +108,8 @@ def run(config: Any) -> None:
         for one in [loaded] + ([refiner] if refiner is not None else []):
             for name, network in one.networks.items():
                 prepare_frozen(name, network, False, config.precision, one.seed, world.device)
+        if refiner is not None:
+            _check_first_stages(loaded, refiner)
 
         def draw_part(part: Sequence[Picture]) -> list[Tensor]:
             if isinstance(sampler, CodeSampler):
@@ -114,11 +117,11 @@ def run(config: Any) -> None:
             stop = round(1 - config.refine_from, 9) if refiner is not None and config.refine_from is not None else 0.0
             course = Course(strength=strength, stop=stop)
             latents = draw_latents(loaded.networks, loaded.process, sampler, guidance, part, world.device, course)
-            if refiner is None:
+            if refiner is None or refining is None:
                 return decode(loaded.networks, latents)
             on = Course(noisy=latents, start=stop) if stop else Course(image=latents, strength=config.refine_strength)
             bare = [replace(picture, start=None, mask=None) for picture in part]
-            refined = draw_latents(refiner.networks, refiner.process, sampler, guidance, bare, world.device, on)
+            refined = draw_latents(refiner.networks, refiner.process, sampler, refining, bare, world.device, on)
             return decode(refiner.networks, refined)
 
         images = share_work(draw_part, pictures, config.batch)
@@ -128,6 +131,7 @@ def run(config: Any) -> None:
         shared: dict[str, Any] = {"source": loaded.source, "sampler": type(sampler).__name__}
         shared |= asdict(sampler) if isinstance(sampler, CodeSampler) else {"steps": sampler.steps}
         shared |= told_of(guidance)
+        shared |= {f"refiner_{key}": scale for key, scale in told_of(refining).items()} if refining is not None else {}
         shared |= {"adapters": list(config.adapters)} if config.adapters else {}
         shared |= {key: config[key] for key in ("negative", "mask", "strength", "refiner") if config[key]}
         shared |= {"changed": config.image} if config.image else {}
@@ -187,6 +191,21 @@ def told_of(guidance: Guidance) -> dict[str, float]:
     """Guidance as pictures' metadata tells it."""
     more = {"picture_scale": guidance.picture_scale} if guidance.picture_scale != 1 else {}
     return {"guidance": guidance.scale, **more}
+
+
+def _check_first_stages(base: Loaded, refiner: Loaded) -> None:
+    """Whether the refiner's latents are the base's, which its first stage decodes.
+
+    Raises:
+        ConfigError: they are of other channels, size, scale or shift.
+    """
+    for name, default in (("channels", None), ("downsampling", None), ("scaling_factor", 1.0), ("shift_factor", 0.0)):
+        ours, theirs = (getattr(one.networks["first_stage"], name, default) for one in (base, refiner))
+        if ours != theirs:
+            raise ConfigError(
+                f"refiner: {name} of its first stage is {theirs}, and {ours} in {base.source}, whose latents it is to"
+                " go on with; give a refiner that shares the first stage."
+            )
 
 
 def _strength(config: Any) -> float | None:

@@ -105,9 +105,10 @@ class ConditionReader:
         config: of the `sample` job.
         loaded: what is sampled from.
         size: height and width to draw.
+        refiner: of what is drawn, whose fields pictures come with, too.
     """
 
-    def __init__(self, config: Any, loaded: Loaded, size: tuple[int, int]) -> None:
+    def __init__(self, config: Any, loaded: Loaded, size: tuple[int, int], refiner: Loaded | None = None) -> None:
         self._size, self._source = size, loaded.source
         self._needed = {name: how for name, how in _reads(loaded).items() if name in _reads_of_maps(loaded)}
         self._sizes: dict[str, Any] = {key: _pair(config, key) for key in ("crop", "original_size", "target_size")}
@@ -122,9 +123,10 @@ class ConditionReader:
             self._fields.setdefault(edited.reads[0], PictureField(""))
         if (masked := map_of(loaded.networks["conditioner"], MaskedPicture)) is not None:
             self._fields.setdefault(masked.field, Mask(""))
-        sizes = getattr(loaded.networks["conditioner"], "sizes", None)
-        if sizes is not None and sizes.aesthetic is not None:
-            self._fields.setdefault(sizes.aesthetic, Number(member=""))
+        for one in [loaded] + ([refiner] if refiner is not None else []):
+            sizes = getattr(one.networks["conditioner"], "sizes", None)
+            score = {sizes.aesthetic: Number(member="")} if sizes is not None and sizes.aesthetic is not None else {}
+            self._fields = {**score, **one.fields, **self._fields}
         self._values: dict[tuple[str, str], Any] = {}
 
     def completed(self, asked: Asked, seed: int) -> Asked:

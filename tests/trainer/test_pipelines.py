@@ -16,6 +16,7 @@ from models.pipeline_folder import PipelineFolder
 from models.samplers import Course
 from tests.models import tiny_pipelines
 from tools import cli
+from trainer import sample
 from trainer.loading import Loaded, load_model
 from trainer.pipelines import _CONDITIONERS, _guidance, config_of, process_node, sampler_node
 from trainer.sample import guidance_of, sampler_of
@@ -300,6 +301,50 @@ def test_steps_stand_where_diffusers_schedulers_take_them(spacing, scheduler):
     if spacing == "linspace" and scheduler is diffusers.DDIMScheduler:
         steps = steps.round(decimals=6).round()  # DDIM takes whole steps only
     assert torch.allclose(steps, made.timesteps.double(), atol=1e-3)
+
+
+def test_a_refiner_is_told_its_own_scores_and_guided_by_its_own_scale(made, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    told: list[tuple[float, tuple]] = []
+    draw = sample.draw_latents
+
+    def watched(networks: Any, process: Any, sampler: Any, guidance: Guidance, asked: list[Picture], *more: Any) -> Any:
+        scores = tuple(float(picture.fields["aesthetic_score"]) for picture in asked if picture.fields)
+        told.append((guidance.scale, scores))
+        return draw(networks, process, sampler, guidance, asked, *more)
+
+    monkeypatch.setattr(sample, "draw_latents", watched)
+    base, refiner = load_model(made("sdxl")), load_model(made("refiner"))
+    refiner.config["guidance"]["scale"] = 2.5
+    monkeypatch.setattr(sample, "load_model", lambda path, *_: refiner if str(path) == str(made("refiner")) else base)
+    job = [f"source={made('sdxl')}", f"refiner={made('refiner')}", "prompts=[a red circle]", "sampler.steps=5"]
+
+    def run(*more: str) -> Any:
+        told.clear()
+        assert cli.execute(["sample", *job, f"out={tmp_path}", *more]) == 0, capsys.readouterr().err
+        return Image.open(tmp_path / "00000.png")
+
+    plain = run()
+    assert told == [(5.0, ()), (2.5, ())]
+    assert (float(plain.text["guidance"]), float(plain.text["refiner_guidance"])) == (5.0, 2.5)
+    scored = run("fields.aesthetic_score=[1]", "guidance.scale=3")
+    assert told == [(3.0, (1.0,)), (3.0, (1.0,))] and scored.text["aesthetic_score"] == "1"
+    same = run("fields.aesthetic_score=[6]")  # which it is told by default
+    assert same.tobytes() == plain.tobytes()
+    assert run("fields.aesthetic_score=[1]").tobytes() != plain.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("channels", 8), ("downsampling", 4), ("scaling_factor", 0.5), ("shift_factor", 0.1)]
+)
+def test_a_refiner_of_other_latents_is_refused(key, value, made, tmp_path, capsys, monkeypatch):
+    base, refiner = load_model(made("sdxl")), load_model(made("refiner"))
+    setattr(refiner.networks["first_stage"], key, value)
+    monkeypatch.setattr(sample, "load_model", lambda path, *_: refiner if str(path) == str(made("refiner")) else base)
+    job = [f"source={made('sdxl')}", f"refiner={made('refiner')}", "prompts=[a red circle]", "sampler.steps=2"]
+    assert cli.execute(["sample", *job, f"out={tmp_path}"]) == 2
+    assert f"refiner: {key} of its first stage is {value}, and " in capsys.readouterr().err
 
 
 def test_the_job_changes_inpaints_edits_and_refines(made, tmp_path, capsys):
