@@ -39,7 +39,7 @@ class MMDiT(nn.Module):
         num_attention_heads: heads; the width D is heads times their channels. SD3 scales by one dial: heads = layers.
         joint_attention_dim: channels of the text sequence.
         caption_projection_dim: D, the only value that works; None takes it.
-        pooled_projection_dim: channels of the pooled text.
+        pooled_projection_dim: channels of the pooled text; 0: there is none (neighbours), and time alone modulates.
         out_channels: channels of the prediction; None takes `in_channels`.
         pos_embed_max_size: most patches along a side. Smaller grids, of any aspect, take the centre of the table.
         dual_attention_layers: blocks with a second attention among image tokens.
@@ -116,8 +116,9 @@ class MMDiT(nn.Module):
             "base_head_dim": base_head_dim,
         }
         for name, value in self.config.items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            least = 0 if name == "pooled_projection_dim" else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         self.width = width
         self.patch_size, self.in_channels, self.out_channels = patch_size, in_channels, out_channels or in_channels
 
@@ -130,7 +131,7 @@ class MMDiT(nn.Module):
             self.positions = PositionTable(pos_embed_max_size, width, position_offset, scale)
         self.text_embedding = nn.Linear(joint_attention_dim, width)
         self.time_embedding = VectorEmbedding(TIME_CHANNELS, width)
-        self.pooled_embedding = VectorEmbedding(pooled_projection_dim, width)
+        self.pooled_embedding = VectorEmbedding(pooled_projection_dim, width) if pooled_projection_dim else None
         logit_scale = (base_head_dim or attention_head_dim) ** 0.5 / attention_head_dim if base_width else None
         last, norm = num_layers - 1, qk_norm is not None
         self.blocks = nn.ModuleList(
@@ -160,7 +161,9 @@ class MMDiT(nn.Module):
 
         image = self.patch_embedding(x.to(dtype)) + self.positions(rows, columns).to(dtype)
         text = self.text_embedding(context.to(dtype))
-        vector = self.time_embedding(sinusoid(timestep, TIME_CHANNELS)) + self.pooled_embedding(pooled)
+        vector = self.time_embedding(sinusoid(timestep, TIME_CHANNELS))
+        if self.pooled_embedding is not None:
+            vector = vector + self.pooled_embedding(pooled)
         vector = F.silu(vector).to(dtype)  # every modulation begins with this SiLU
 
         for block in self.blocks:
@@ -181,7 +184,8 @@ class MMDiT(nn.Module):
         t, length, d = rows * columns, context_length, self.final.in_features
         patch = self.patch_size**2
         products = t * patch * self.in_channels * d + length * self.text_embedding.in_features * d
-        products += (TIME_CHANNELS + self.config["pooled_projection_dim"] + 2 * d) * d
+        pooled = self.config["pooled_projection_dim"]
+        products += (TIME_CHANNELS + d + (pooled + d if pooled else 0)) * d
         products += sum(block.products(t, length) for block in self.blocks)  # type: ignore[operator]
         products += 2 * d * d + t * d * patch * self.out_channels
         return 2 * products

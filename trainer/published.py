@@ -97,6 +97,8 @@ def beyond_diffusers(kind: str | None, unet: Mapping[str, Any]) -> list[str]:
         notes.append(f"diffusers has no pipeline of this kind: {kind} is Millrace's word, and no class of its.")
     if unet.get("attention_heads") is not None:
         notes.append("diffusers cannot tell attention_heads: its class would attend in other heads than this UNet.")
+    if unet.get("pooled_projection_dim") == 0:
+        notes.append("diffusers cannot leave out the pooled text: its SD3Transformer2DModel has layers for it.")
     return notes
 
 

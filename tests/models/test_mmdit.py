@@ -126,6 +126,28 @@ def arguments(name: str) -> dict:
     return config
 
 
+def test_without_a_pooled_text_time_alone_modulates():
+    """As in diffusers' network whose layers of the pooled text give zeros."""
+    config = random_config(3) | {"pooled_projection_dim": 8}
+    torch.manual_seed(3)
+    theirs = diffusers.SD3Transformer2DModel(**config)
+    randomize(theirs, 3)
+    for parameter in theirs.time_text_embed.text_embedder.linear_2.parameters():
+        torch.nn.init.zeros_(parameter)
+    ours = MMDiT(**config | {"pooled_projection_dim": 0})
+    read = theirs.state_dict().__getitem__
+    ours.load_state_dict({name: ours.from_diffusers(name, read) for name in ours.state_dict()})
+    batch = inputs(ours.config, 5, 6)
+    pooled = torch.randn(2, 8)
+    expected = theirs(
+        batch["x"], timestep=batch["timestep"], encoder_hidden_states=batch["context"], pooled_projections=pooled
+    ).sample
+    assert batch["pooled"].shape == (2, 0) and relative_error(ours(**batch), expected) < 1e-5
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        ours(**{name: value[:1] for name, value in batch.items()})
+    assert ours.flops(*batch["x"].shape[-2:], 5) == counter.get_total_flops()
+
+
 def test_one_dial_gives_the_papers_sizes():
     """A block of width w has 36 w^2 weights: 12 per stream in attention and MLP, 6 per stream in modulation."""
     for depth in (15, 18, 21, 30, 38):

@@ -83,6 +83,24 @@ def test_it_trains_resumes_goes_on_elsewhere_and_samples(folder: Path, engine: s
     assert np.array_equal(np.asarray(drawn[2]), np.asarray(Image.open(folder / "out" / "00000.png")))
 
 
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_mmdit_attends_to_neighbours_too(folder: Path, tmp_path: Path, engine: str, capsys):
+    given = [f"data.sources.drawn.shards={folder}/tars", f"data.fields.neighbours.database={folder}/database"]
+    given += ["model=mmdit", "model.pooled_projection_dim=0", "process=rectified_flow", "sampler=euler"]
+    given += ["schedule.lr=1e-2"]  # blocks begin as the identity
+
+    def trained(world: int, folder: Path, name: str, *overrides: str) -> list[dict]:
+        small = ["experiment=rdm/imagenet", *TINY]
+        return train_on(world, folder, f"name={name}", *given, *overrides, small=small, timeout_s=900)
+
+    resumed_as_whole(trained, tmp_path, engine)
+    arguments = [f"source={tmp_path}/runs/{engine}", f"out={tmp_path}/out", "sampler.steps=2", "average=none"]
+    fields = "fields.neighbours=['[3, 17, 5, 8]','[3, 17, 5]']"
+    assert cli.execute(["sample", *arguments, fields]) == 0, capsys.readouterr().err
+    first, second = (np.asarray(Image.open(tmp_path / "out" / f"0000{i}.png"), int) for i in range(2))
+    assert np.abs(first - second).max() > 0, "fewer neighbours"
+
+
 @pytest.mark.parametrize("kind", ["pictures", pytest.param("captions", marks=pytest.mark.slow)])
 def test_pictures_and_captions_of_neighbours_are_trained_with_like_embeddings(
     folder: Path, tmp_path, kind: str, capsys
