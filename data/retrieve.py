@@ -54,6 +54,7 @@ class Config:
         report: a folder, or URL of one, for a page of neighbours of random samples, recall and latency; null: none.
         dry_run: tell what the index would take, from smaller ones that are built and measured, and stop.
         rows: that a dry run tells of; null: those of the shards, or of the database.
+        width: of the embeddings that a dry run tells of; null: of the database's, or the model's.
         trial: rows of the largest index that a dry run builds.
         cluster: tasks that share the work.
         manifest_folder: where manifests go; beside the shards if null.
@@ -77,6 +78,7 @@ class Config:
     report: str | None = None
     dry_run: bool = False
     rows: int | None = None
+    width: int | None = None
     trial: int = 50_000
     cluster: Tasks = field(default_factory=Tasks)
     manifest_folder: str | None = None
@@ -147,12 +149,15 @@ def _forecast(config: Config, embedding: Embedding, settings: IndexSettings, sto
     if rows < 1 or config.trial < 1:
         raise ConfigError("dry_run=true tells of rows=..., of shards=... or of a database, with a positive trial")
     if database is not None:
-        told = forecast(rows, database.width, settings, rows_of(database), config.trial)
+        width = database.width
+        if config.width not in (None, width):
+            raise ConfigError(f"width={config.width}, and the database {folder} has embeddings of {width} numbers")
+        told = forecast(rows, width, settings, rows_of(database), config.trial)
     else:
-        width = embedding.embedder().width
+        width = config.width or embedding.width()
         told = forecast(rows, width, settings, lambda n: clustered(n, width, max(1, n // 100)), config.trial)
     of = f"rows of {folder}" if database is not None else "100 rows around each of random centres: there is no database"
-    disk = 2 * rows * (database.width if database is not None else width) / (1 << 30)
+    disk = 2 * rows * width / (1 << 30)
     return f"{told}\nmeasured on {of}; the embeddings take {disk:.2f} GiB on disk"
 
 

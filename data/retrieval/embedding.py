@@ -30,6 +30,7 @@ from data.retrieval.database import SIDES, Side, embedding_path, map_embeddings,
 from data.retrieval.marks import mark_at, mark_of
 from data.store import Store, redact
 from data.tasks import Task
+from models.image import embedding_width
 
 _WHOLE = 512
 """Pixels that suffice of a whole picture: models see fewer."""
@@ -99,6 +100,23 @@ class Embedding:
     def embedder(self) -> Embedder:
         """The model, loaded once in a process."""
         return shared_embedder(model_folder(self.model), self.dtype, self.device)
+
+    def width(self) -> int:
+        """d, as the model's configuration tells it: its weights need not be there.
+
+        Raises:
+            ValueError: there is no such configuration, or one that tells no width.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the configuration of embedding.model={self.model}, which tells the width, cannot be read:"
+                f" give width=... ({str(error).strip().splitlines()[0]})"
+            ) from error
+        return embedding_width(config, self.model)
 
     def fingerprint(self) -> str:
         """Of the model."""

@@ -24,7 +24,7 @@ import numpy as np
 from conf.errors import ConfigError
 from data.curation.embeddings import faiss_threads
 from data.retrieval.database import Database, embedding_path, index_path
-from data.retrieval.index import IndexBuilder, IndexSettings, Plan, Searcher, plan_index
+from data.retrieval.index import IndexBuilder, IndexPlan, IndexSettings, Searcher, plan_index
 from data.tasks import Tasks, run_tasks
 
 _FITTED = 1 << 16  # rows that FAISS fits codes to
@@ -62,7 +62,7 @@ class Trial:
 class Forecast:
     """The index that would be, and those that it is told from, the smallest first."""
 
-    plan: Plan
+    plan: IndexPlan
     told: Trial
     measured: list[Trial]
     growth: float
@@ -148,7 +148,7 @@ def forecast(rows: int, width: int, settings: IndexSettings, draw: Draw, largest
     return Forecast(plan, told, measured, growth)
 
 
-def _measure(vectors: np.ndarray, plan: Plan, settings: IndexSettings) -> Trial:
+def _measure(vectors: np.ndarray, plan: IndexPlan, settings: IndexSettings) -> Trial:
     """Build an index of the plan's make over fewer rows."""
     cells = plan_index(len(vectors), vectors.shape[1], replace(settings, kind="ivf_flat", memory_gib=1e6)).cells
     small = replace(plan, factory=re.sub(r"IVF\d+", f"IVF{cells}", plan.factory), cells=cells if plan.cells else 0)
@@ -181,7 +181,7 @@ def _drawn(rows: int, cells: int, settings: IndexSettings) -> int:
     return min(rows, max(cells * settings.training, 256 * 40))
 
 
-def _work(rows: int, cells: int, plan: Plan, settings: IndexSettings) -> list[float]:
+def _work(rows: int, cells: int, plan: IndexPlan, settings: IndexSettings) -> list[float]:
     """What training's seconds are made of: comparisons of k-means, and rows that codes are fitted to."""
     drawn = _drawn(rows, cells, settings)
     return [drawn * cells, *([min(drawn, _FITTED)] if plan.kind == "ivf_pq" else [])]

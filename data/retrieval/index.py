@@ -78,7 +78,7 @@ class IndexSettings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class IndexPlan:
     """An index that is to be built.
 
     Args:
@@ -96,7 +96,7 @@ class Plan:
     bytes: int
 
 
-def plan_index(rows: int, width: int, settings: IndexSettings) -> Plan:
+def plan_index(rows: int, width: int, settings: IndexSettings) -> IndexPlan:
     """The kind of index for so many rows.
 
     Raises:
@@ -109,14 +109,14 @@ def plan_index(rows: int, width: int, settings: IndexSettings) -> Plan:
     bits = 8 if rows >= _OF_CODES else 4
     code = next((m for m in _CODES if width % m == 0 and rows * m * bits // 8 + overhead <= memory), None)
     options = {
-        "flat": Plan("flat", "Flat", False, 0, rows * width * 4),
-        "ivf_flat": Plan("ivf_flat", f"IVF{cells},Flat", False, cells, rows * width * 4 + overhead),
-        "ivf_sq8": Plan("ivf_sq8", f"IVF{cells},SQ8", True, cells, rows * width + overhead),
-        "hnsw": Plan("hnsw", f"HNSW{settings.links},Flat", False, 0, rows * (width * 4 + settings.links * 8)),
+        "flat": IndexPlan("flat", "Flat", False, 0, rows * width * 4),
+        "ivf_flat": IndexPlan("ivf_flat", f"IVF{cells},Flat", False, cells, rows * width * 4 + overhead),
+        "ivf_sq8": IndexPlan("ivf_sq8", f"IVF{cells},SQ8", True, cells, rows * width + overhead),
+        "hnsw": IndexPlan("hnsw", f"HNSW{settings.links},Flat", False, 0, rows * (width * 4 + settings.links * 8)),
     }
     if code is not None:
         factory = f"OPQ{code},IVF{cells},PQ{code}x{bits}"
-        options["ivf_pq"] = Plan("ivf_pq", factory, True, cells, rows * code * bits // 8 + overhead)
+        options["ivf_pq"] = IndexPlan("ivf_pq", factory, True, cells, rows * code * bits // 8 + overhead)
     if settings.kind == "auto":
         order = ["flat"] if rows <= FEW else []
         order += ["ivf_flat", "ivf_sq8", "ivf_pq"]
@@ -142,7 +142,7 @@ class IndexBuilder:
         plan: that follows from them, unless it is given.
     """
 
-    def __init__(self, database: Database, side: Side, settings: IndexSettings, plan: Plan | None = None) -> None:
+    def __init__(self, database: Database, side: Side, settings: IndexSettings, plan: IndexPlan | None = None) -> None:
         self.database, self.side, self.settings = database, side, settings
         self.plan = plan or plan_index(database.rows, database.width, settings)
         told = [asdict(settings), *(database.told.get(key) for key in ("recipe", "parts")), side, database.marks(side)]
@@ -229,7 +229,7 @@ class IndexBuilder:
         return self._work / f"block-{number:05d}-{self.identity}.index"
 
 
-def tune(index: Any, database: Database, side: Side, plan: Plan, settings: IndexSettings) -> dict[str, Any]:
+def tune(index: Any, database: Database, side: Side, plan: IndexPlan, settings: IndexSettings) -> dict[str, Any]:
     """How an index must be searched to reach the target recall, as cheaply as may be, and the recall measured then.
 
     Queries are rows of the database, each of which is left out of its own neighbours.
@@ -388,7 +388,7 @@ class Searcher:
         return searched(self._index, self.database, self.side, queries.astype(np.float32), k, search or self.search)
 
 
-def _merge(index: Any, other: Any, plan: Plan) -> None:
+def _merge(index: Any, other: Any, plan: IndexPlan) -> None:
     if plan.kind == "flat":
         index.add(
             faiss.rev_swig_ptr(_FAISS.downcast_index(other).get_xb(), other.ntotal * other.d).reshape(-1, other.d)
@@ -420,7 +420,7 @@ def _on_gpus(index: Any, cells: int) -> Iterator[None]:
     if to_gpus is None or not cells or not getattr(faiss, "get_num_gpus", lambda: 0)():
         yield
         return
-    own = faiss.extract_index_ivf(index)
+    own: Any = faiss.extract_index_ivf(index)
     own.clustering_index = comparing = to_gpus(faiss.IndexFlatIP(own.d))
     yield
     own.clustering_index = None

@@ -68,7 +68,7 @@ def trade(searcher: Searcher, k: int, seed: int = 0) -> list[tuple[str, float, f
     queries = database.vectors(drawn, side)
     true = brute_force(database, side, queries, k, drawn)
     rows = []
-    for search in _around(searcher.search):
+    for search in _around(searcher.search, database.told.get("indexes", {}).get(side, {}).get("cells") or None):
         with faiss_threads(1):
             started = time.perf_counter()
             found, _ = searcher(queries, k + 1, search)
@@ -103,9 +103,10 @@ def page(
     return told
 
 
-def _around(search: dict[str, int]) -> list[dict[str, int]]:
-    """Searches from less to more thorough than this one."""
+def _around(search: dict[str, int], cells: int | None) -> list[dict[str, int]]:
+    """Searches from less to more thorough than this one, none twice; of cells there are so many."""
     key = next((key for key in ("probes", "ef") if key in search), None)
     if key is None:
         return [search]
-    return [{**search, key: max(1, round(search[key] * factor))} for factor in (0.25, 0.5, 1, 2, 4)]
+    steps = (max(1, round(search[key] * factor)) for factor in (0.25, 0.5, 1, 2, 4))
+    return [{**search, key: step} for step in dict.fromkeys(min(step, cells or step) for step in steps)]

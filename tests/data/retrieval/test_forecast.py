@@ -1,5 +1,7 @@
 """What an index is told to take, held against the index."""
 
+import re
+
 import pytest
 from vectors import clustered, save_database
 
@@ -8,6 +10,7 @@ from data.retrieval.database import index_path
 from data.retrieval.forecast import forecast, rows_of
 from data.retrieval.index import IndexBuilder, IndexSettings, plan_index
 from data.tasks import Tasks, run_tasks
+from tests.data.curation.tiny_models import save_clip
 from tools.cli import execute
 
 WIDTH = 128
@@ -56,3 +59,16 @@ def test_the_job_tells_and_writes_nothing(database, capsys):
     assert set(database.folder.rglob("*")) == before
     assert execute(["retrieve", "database=nowhere", "dry_run=true"]) == 2
     assert "dry_run=true tells of rows=" in capsys.readouterr().err
+    assert execute(["retrieve", f"database={database.folder}", "dry_run=true", "rows=5000", "width=64"]) == 2
+    assert f"width=64, and the database {database.folder} has embeddings of {WIDTH}" in capsys.readouterr().err
+
+
+def test_a_models_configuration_tells_the_width_and_its_weights_need_not_be_there(tmp_path, capsys):
+    line = ["retrieve", f"database={tmp_path}/db", "dry_run=true", "rows=50000000", "trial=500", "index.queries=20"]
+    (save_clip(tmp_path / "clip") / "model.safetensors").unlink()
+    assert execute([*line, f"embedding.model={tmp_path}/clip"]) == 0
+    assert f"{2 * 10 * 50000000 / 2**30:.2f} GiB on disk" in capsys.readouterr().out
+    assert execute([*line, f"embedding.model={tmp_path}"]) == 2
+    assert re.search(r"embedding\.model=.* cannot be read.*: give width=\.\.\.", capsys.readouterr().err)
+    assert execute([*line, f"embedding.model={tmp_path}", "width=12"]) == 0
+    assert f"{2 * 12 * 50000000 / 2**30:.2f} GiB on disk" in capsys.readouterr().out
