@@ -176,6 +176,7 @@ def evaluate(config: Any, world: World, resources: ExitStack) -> list[dict[str, 
     measured = {"metrics": OmegaConf.to_container(config.metric), "labels": [metric.label for metric in metrics]}
     measured |= {"reference": fingerprint_of(reference), "sizes": str(buckets.fingerprint)}
     settings = settings_of(config, model)
+    pictures_are |= _fixed(config, model)
     identities = {s: digest([pictures_are, measured, asdict(s)]) for s in settings}
     rows = {setting: results.find(identities[setting]) for setting in settings}
     waiting = [setting for setting in settings if rows[setting] is None]
@@ -348,6 +349,15 @@ def _drawing(config: Any, setting: Setting, model: Loaded) -> tuple[Sampler, Gui
     return sampler_of(build(changed.sampler), model), guidance_of(build(changed.guidance), model)
 
 
+def _fixed(config: Any, model: Model | None) -> dict[str, float]:
+    """Of what pictures are drawn with, what is alike in all settings and not the usual: the scale of guidance by
+    pictures, numbers that stand for fields."""
+    if not isinstance(model, Loaded):
+        return {}
+    picture_scale = guidance_of(build(config.guidance), model).picture_scale
+    return ({"picture_scale": picture_scale} if picture_scale != 1 else {}) | sampling_numbers(model)
+
+
 def _see(metrics: Sequence[PictureMetric], pictures: PictureSet, task: Task) -> tuple[list[Tensor], int]:
     """Let this rank's pictures pass by the metrics; the first of them, to be shown, and how many there were."""
     shown: list[Tensor] = []
@@ -390,7 +400,7 @@ def _row(
         "source": model.source if model is not None else ", ".join(listed(config.generated)),
         "sampler": sampler._target_.rpartition(".")[2] if setting.steps is not None else None,
         **asdict(setting),
-        **(sampling_numbers(model) if isinstance(model, Loaded) else {}),
+        **_fixed(config, model),
         "samples": count,
         "reference": told_of_reference(config, reference),
         "features": ", ".join(dict.fromkeys(metric.label for metric in metrics if metric.label is not None)) or None,

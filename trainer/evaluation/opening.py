@@ -185,8 +185,6 @@ def identity_of_pictures(
     told["precision"] = config.precision
     if conditions is not None:
         told["conditions"] = conditions.fingerprint
-    if isinstance(model, Loaded):
-        told |= sampling_numbers(model)
     for key in ("sampler", "guidance", "neighbours"):
         told[key] = OmegaConf.to_container(config[key])
     return told

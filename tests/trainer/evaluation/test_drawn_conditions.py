@@ -1,5 +1,6 @@
 """`millrace evaluate` of models that read more than captions: each picture is drawn of what a sample comes with."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from models.conditioner import Given
 from models.conditions import LowResolution
 from tests.data.curation.tiny_models import save_clip
+from tests.data.shard_files import write_shard
 from tests.models import tiny_pipelines
 from tests.trainer.jobs import QUICK, train_on
 from tests.trainer.task_tars import NAMES, write_task_tars
@@ -164,6 +166,27 @@ def test_an_imported_pipeline_draws_captions(home: Path):
     assert any(np.abs(without[i][0] - guided[i][0]).max() > 1 for i in range(3))
     rows = json.loads((home / "runs/imported/evaluation.json").read_text())
     assert [row["guidance"] for row in rows] == [1, 3] and {row["sampler"] for row in rows} == {"PLMS"}
+
+
+def test_an_editing_pipelines_scale_by_pictures_is_told_and_another_one_is_another_setting(home: Path):
+    folder = tiny_pipelines.editing(home / "editing")
+    rng = np.random.default_rng(0)
+    samples = [
+        {"__key__": f"{i}", "txt": "a red circle", "png": _encoded(rng), "original.jpg": _encoded(rng, "JPEG")}
+        for i in range(3)
+    ]
+    write_shard(home / "edits/0.tar", samples)
+    given = [f"source={folder}", f"reference={home}/edits", "steps=[2]", "samples=3"]
+    for more, scale in (([], 1.5), (["guidance.picture_scale=1"], None)):
+        assert evaluated(home, "edited", *given, *more)[0] == 0
+        (row,) = json.loads((home / "runs/edited/evaluation.json").read_text())
+        assert row["guidance"] == 7.5 and row.get("picture_scale") == scale and row["samples"] == 3
+
+
+def _encoded(rng: np.random.Generator, form: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, form)
+    return file.getvalue()
 
 
 def test_what_is_missing_is_named(home: Path, tmp_path: Path, capsys):
