@@ -23,6 +23,7 @@ def run(
     width: int = 512,
     clusters: int = 10_000,
     spread: float = 0.5,
+    dimension: int | None = None,
     queries: int = 1000,
     k: int = 20,
     kind: str = "auto",
@@ -35,7 +36,10 @@ def run(
 
     Args:
         rows: of the database, of `width` numbers each, around so many clusters: a centre, and noise of `spread` of its
-            length.
+            length. The wider the spread and the fewer the clusters, the more they overlap, and the more cells of an
+            index have to be read.
+        dimension: of the subspace that centres and noise lie in, with a tenth as much noise in all directions: the
+            neighbours of a row are then nearer than most rows, as those of pictures are; null: all of the width.
         queries: asked at once, each for `k` neighbours.
         kind, memory_gib: see `IndexSettings`.
         threads: of both ways.
@@ -45,7 +49,7 @@ def run(
     """
     settings = IndexSettings(kind=kind, memory_gib=memory_gib, k=k)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="millrace-bench-retrieve-", dir=folder) as scratch:
-        asked = _write(Path(scratch), rows, width, clusters, spread, queries)
+        asked = _write(Path(scratch), rows, width, clusters, spread, dimension or width, queries)
         database = Database(scratch)
         seconds: dict[str, float] = {}
         builder = IndexBuilder(database, "image", settings)
@@ -87,14 +91,20 @@ def run(
     }
 
 
-def _write(folder: Path, rows: int, width: int, clusters: int, spread: float, queries: int) -> np.ndarray:
+def _write(
+    folder: Path, rows: int, width: int, clusters: int, spread: float, dimension: int, queries: int
+) -> np.ndarray:
     """The database's parts; and the queries, (queries, width) float32."""
     random = np.random.default_rng(0)
-    centres = random.standard_normal((clusters, width), np.float32)
+    centres = random.standard_normal((clusters, dimension), np.float32)
+    basis = np.linalg.qr(random.standard_normal((width, dimension), np.float32))[0].T if dimension < width else None
 
     def draw(count: int) -> np.ndarray:
-        noise = random.standard_normal((count, width), np.float32)
+        noise = random.standard_normal((count, dimension), np.float32)
         vectors = centres[random.integers(clusters, size=count)] + spread * noise
+        if basis is not None:
+            share = 0.1 * spread * (dimension / width) ** 0.5
+            vectors = vectors @ basis + share * random.standard_normal((count, width), np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     for number, start in enumerate(range(0, rows, _PART)):
