@@ -70,8 +70,7 @@ class Field(ABC):
         """Whether it can do without."""
         return False
 
-    @property
-    def made_of(self) -> str | None:
+    def made_of(self, manifests: Sequence[Manifest], store: Store) -> str | None:
         """What its values are of beside the samples' shards, for a plan to tell; None of nothing else."""
         return None
 

@@ -51,6 +51,8 @@ def told_at(url: str, store: Store) -> dict[str, Any]:
         raise
     except (pa.ArrowException, ValueError):
         return {}
+    except FileNotFoundError:  # another task has taken it away meanwhile
+        return {}
     except OSError as error:
         if error.errno is not None:
             raise

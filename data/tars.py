@@ -306,13 +306,17 @@ class TarSplit:
     def plan(self, lanes: int, slice_size: int, seed: int, start: int = 0) -> Plan:
         """The plan that begins at step `start`."""
         sources = [PlanSource(name, table, self.data.sources[name].weight) for name, table in self.compiled.items()]
-        inputs = {
-            f"field {field} of {name}": one.made_of
-            for name in self.compiled
-            for field, one in self.data.fields_of(name).items()
-            if one.made_of is not None
-        }
-        return Plan(sources, lanes, slice_size, seed, self.data.window, start, inputs)
+        return Plan(sources, lanes, slice_size, seed, self.data.window, start, self.made_of())
+
+    def made_of(self) -> dict[str, str]:
+        """What fields are of beside the samples' shards, by field and source."""
+        found = {}
+        for name in self.compiled:
+            manifests = self.data.manifests(name)
+            for key, one in self.data.fields_of(name).items():
+                if (told := one.made_of(manifests, self.data.store)) is not None:
+                    found[f"field {key} of {name}"] = told
+        return found
 
     def loader(
         self,

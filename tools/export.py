@@ -306,5 +306,8 @@ def _write_single(folder: Path, out: Path) -> list[str]:
 
 def _numbers(pipeline: PipelineFolder) -> dict[str, Tensor]:
     """What a file of latent diffusion holds beside its networks: the noise schedule, and what scales the latents."""
-    betas = scaled_linear_betas(pipeline.config("scheduler"))
+    scheduler = pipeline.config("scheduler")
+    if scheduler.get("beta_schedule") != "scaled_linear":
+        raise ConfigError("out: a single file tells latent diffusion's own noise schedule alone; export a folder.")
+    betas = scaled_linear_betas(scheduler)
     return {"betas": betas, "scale_factor": torch.tensor(autoencoder_of(pipeline).config["scaling_factor"])}

@@ -53,7 +53,7 @@ from trainer.evaluation.results import SHOWN, Results, caption_of
 from trainer.loading import Loaded
 from trainer.rank_progress import rank_progress
 from trainer.sample import check_guidance, guidance_of, sampler_of
-from trainer.sample_neighbours import NeighboursConfig
+from trainer.sample_neighbours import NeighboursConfig, neighbour_fields
 from trainer.sampling import OwnGuidance, OwnSampler
 
 log = logging.getLogger(__name__)
@@ -349,13 +349,19 @@ def _drawing(config: Any, setting: Setting, model: Loaded) -> tuple[Sampler, Gui
     return sampler_of(build(changed.sampler), model), guidance_of(build(changed.guidance), model)
 
 
-def _fixed(config: Any, model: Model | None) -> dict[str, float]:
+def _fixed(config: Any, model: Model | None) -> dict[str, Any]:
     """Of what pictures are drawn with, what is alike in all settings and not the usual: the scale of guidance by
-    pictures, numbers that stand for fields."""
+    pictures, numbers that stand for fields, which neighbours they have."""
     if not isinstance(model, Loaded):
         return {}
     picture_scale = guidance_of(build(config.guidance), model).picture_scale
-    return ({"picture_scale": picture_scale} if picture_scale != 1 else {}) | sampling_numbers(model)
+    told = ({"picture_scale": picture_scale} if picture_scale != 1 else {}) | sampling_numbers(model)
+    if not neighbour_fields(model):
+        return told
+    asked = {key: config.neighbours[key] for key in ("k", "query", "column")}
+    if config.queries == "drawn":
+        asked |= {key: config.neighbours[key] for key in ("top_m", "alike")}
+    return told | {"queries": config.queries, "database": config.database} | asked
 
 
 def _see(metrics: Sequence[PictureMetric], pictures: PictureSet, task: Task) -> tuple[list[Tensor], int]:

@@ -10,6 +10,7 @@ from pydantic import PositiveInt
 from conf.errors import ConfigError, mistakes
 from conf.schema import build
 from data.draws import Draws
+from data.hashing import text64
 from data.retrieval.field import NeighbourField, Neighbours
 from data.retrieval.pseudo_queries import count_neighbours, proposal
 from data.tars import TarData
@@ -66,6 +67,15 @@ class NeighbourReader:
             reading = (one for one in encoders.numbered() if isinstance(one, NeighbourEncoder) and one.reads == name)
             changes["width"] = next((one.width for one in reading), None)
         return replace(trained, **changes)
+
+    def fingerprint(self, drawn: bool) -> str:
+        """Of the databases, and, for `drawn`, of the entries that may be drawn."""
+        told = [f"{name} {kind.opened.fingerprint}" for name, kind in self.fields.items()]
+        if drawn and self._config.neighbours.top_m is not None:
+            told += [
+                f"drawn {text64(repr((p.ids.tolist(), p.weights.tolist()))):016x}" for p in self._proposals.values()
+            ]
+        return ", ".join([*told, f"drawn={drawn}"])
 
     def drawn(self, seed: int) -> dict[str, str]:
         """Of each field a query that the seed draws: an entry of the database, whose neighbours are to be taken."""

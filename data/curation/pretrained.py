@@ -8,6 +8,8 @@ import torch
 import xxhash
 
 from models.hub import without_bars
+from models.pipeline_folder import TRANSFORMERS_STEM
+from models.tensor_files import variant_of
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
@@ -68,6 +70,7 @@ def load_model(kind: Any, folder: Path, dtype: Dtype, device: Device) -> Any:
         ValueError: no safetensors, or they lack some of the model's weights.
     """
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
+    options["variant"] = variant_of(folder, TRANSFORMERS_STEM)
     model, told = load_part(kind.from_pretrained, folder, **options)
     if missing := sorted(told["missing_keys"]):
         # transformers would leave these at random.

@@ -185,9 +185,12 @@ class PartWriter:
     def is_done(self, manifest: Manifest, part: str) -> bool:
         """Whether a part holds what this shard's would, all of it."""
         path, told = metadata_path(self.folder, part), self._told(manifest, part)
-        if not told or self.marks.get(self._name(path)) not in (None, mark_at(path)):
+        try:
+            if not told or self.marks.get(self._name(path)) not in (None, mark_at(path)):
+                return False
+            rows = pq.read_metadata(path).num_rows
+        except FileNotFoundError:  # another task has taken it away meanwhile
             return False
-        rows = pq.read_metadata(path).num_rows
         return all(self._is_whole(side, part, rows, told) for side in self.embedding.sides)
 
     def discard_damaged(self, manifest: Manifest, part: str) -> None:

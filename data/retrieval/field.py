@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conf.errors import ConfigError
 from data.fields import Field, Origin
+from data.hashing import text64
 from data.manifest import Manifest
 from data.members import ContentError
 from data.retrieval.database import Database, same_model
@@ -54,9 +55,10 @@ class NeighbourField(Field):
     def columns(self) -> list[str]:
         return [self.column, f"{self.column}_similarity"]
 
-    @property
-    def made_of(self) -> str | None:
-        return f"database {self.opened.fingerprint}"
+    def made_of(self, manifests: Sequence[Manifest], store: Store) -> str | None:
+        found = (read_scored(manifest, self.column, store) for manifest in manifests)
+        columns = {json.dumps(one.recipe.settings, sort_keys=True) for one in found if one is not None}
+        return f"database {self.opened.fingerprint}, columns {text64(' '.join(sorted(columns))):016x}"
 
     def check(self, manifests: Sequence[Manifest], store: Store) -> None:
         """Whether the columns are of this database, and both have k neighbours.
@@ -92,7 +94,16 @@ class NeighbourField(Field):
 
     def given(self, text: str, target: tuple[int, int]) -> Any:
         """Of a text, of a picture's file, of a row of the database, `~17`, or of rows themselves, `[3, 17]`."""
-        return self._of(self._sought(text)[1], target)
+        return self._answer(*self._sought(text), target)
+
+    def of_text(self, text: str, target: tuple[int, int]) -> Any:
+        """Of a text, whatever it looks like."""
+        asked = self._embedder.texts([text])
+        return self._answer(asked, self._nearest(asked), target)
+
+    def _answer(self, asked: np.ndarray | None, ids: np.ndarray, target: tuple[int, int]) -> Any:
+        """The value for an embedding that was asked for, if any, whose neighbours these rows are."""
+        return self._of(ids, target)
 
     @abstractmethod
     def _of(self, ids: np.ndarray, target: tuple[int, int]) -> Any:
@@ -201,9 +212,8 @@ class Neighbours(NeighbourField):
     def blank(self, target: tuple[int, int]) -> Tensor:
         return torch.zeros(self.k, self.width or self.opened.width)
 
-    def given(self, text: str, target: tuple[int, int]) -> Tensor:
-        """See `NeighbourField.given`: as many as there are, (up to k, d)."""
-        asked, ids = self._sought(text)
+    def _answer(self, asked: np.ndarray | None, ids: np.ndarray, target: tuple[int, int]) -> Tensor:
+        """As many as there are, (up to k, d)."""
         vectors = self.opened.vectors(ids)
         if self.query and asked is not None:
             vectors = np.concatenate([asked, vectors])[: self.k]

@@ -289,6 +289,9 @@ def test_so_they_do_where_a_choice_goes_elsewhere(scale):
         "column": "neighbours",
         "most_similar": None,
     }
+    captions = compose("train", [*of, *chosen, "conditioner=neighbour_captions"]).conditioner
+    assert captions.encoders[0]._target_ == "models.each.EachEncoder" or scale == "tiny"
+    assert before.conditioner.encoders[0].k == 11
     assert after.data.sources.photos.shards == before.data.sources.photos.shards
 
 

@@ -342,6 +342,14 @@ def test_it_is_trained_on_sampled_and_exported(kind, told, trained, imported, tm
     assert pictures[0] == pictures[1] and len(set(pictures[0])) > 20
 
 
+def test_a_file_has_no_place_for_another_schedule(imported, tmp_path, capsys):
+    folder = shutil.copytree(imported("ldm"), tmp_path / "linear")
+    settings = folder / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"beta_schedule": "linear"}))
+    assert cli.execute(["export", f"source={folder}", f"out={tmp_path}/file.safetensors"]) == 2
+    assert "out: a single file tells latent diffusion's own noise schedule alone" in capsys.readouterr().err
+
+
 def test_classes_without_a_vector_for_none_are_told_of(originals, tmp_path, capsys):
     """As those of the first ImageNet model, LDM-8."""
     command = ["import", f"source={originals}/class.ckpt", "name=it", f"runs={tmp_path}", "heads=1", "classes=6"]

@@ -70,14 +70,15 @@ class NeighbourConditions(Conditions):
     def picture(self, number: int, seed: int) -> Picture:
         one, kinds = self._asked[number], self._reader.fields
         size = one.height, one.width
-        queries = self._reader.drawn(seed) if self._drawn else dict.fromkeys(kinds, one.prompt)
-        fields = {name: kind.given(queries[name], size) for name, kind in kinds.items()}
+        if self._drawn:
+            fields = {name: kinds[name].given(entry, size) for name, entry in self._reader.drawn(seed).items()}
+        else:
+            fields = {name: kind.of_text(one.prompt, size) for name, kind in kinds.items()}
         return Picture(one.prompt, seed, *size, fields=fields)
 
     @property
     def fingerprint(self) -> str:
-        told = [f"{name} {kind.opened.fingerprint}" for name, kind in self._reader.fields.items()]
-        return " ".join([f"drawn={self._drawn}", *told])
+        return self._reader.fingerprint(self._drawn)
 
 
 class SampleConditions(Conditions):
@@ -117,4 +118,5 @@ class SampleConditions(Conditions):
 
     @property
     def fingerprint(self) -> str:
-        return " ".join(selection.fingerprint for selection in self._split.selections.values())
+        of_samples = [selection.fingerprint for selection in self._split.selections.values()]
+        return " ".join([*of_samples, *self._split.made_of().values()])

@@ -13,6 +13,7 @@ from conf.errors import ConfigError
 from conf.schema import build
 from data.buckets import Buckets
 from data.fields import Field
+from data.retrieval.field import NeighbourField
 from data.selection import Split
 from data.store import redact
 from data.tars import TarData
@@ -112,6 +113,8 @@ def open_conditions(config: Any, model: Loaded, buckets: Buckets, reference: Any
         if not reader.fields or set(names) != set(reader.fields):
             read = ", ".join(set(names) - set(reader.fields)) or "no neighbours"
             raise ConfigError(f"queries={config.queries}: {model.source} reads {read}; leave it out.")
+        if given and config.queries == "drawn" and "captions" not in conditioner.reads:
+            raise ConfigError("prompts: with queries=drawn nothing is asked for; leave one of them out.")
         if config.queries == "captions" or "captions" in conditioner.reads:
             asked = open_prompts(config, model, buckets, reference)
         else:
@@ -130,7 +133,9 @@ def open_conditions(config: Any, model: Loaded, buckets: Buckets, reference: Any
     elif "data" in model.config and (data := build(model.config["data"])).holdout:
         split = "validation"
         for of_sources in (data.fields, *(source.fields for source in data.sources.values())):
-            of_sources |= {name: reader.as_asked(name, of_sources[name]) for name in reader.fields.keys() & of_sources}
+            of_sources |= {
+                name: reader.as_asked(name, one) for name, one in of_sources.items() if isinstance(one, NeighbourField)
+            }
     else:
         raise ConfigError(f"reference: {model.source} reads {', '.join(names)} of samples; give tars of such samples.")
     count = config.samples or (reference.count if isinstance(reference, TarPictures | FolderPictures) else None)
@@ -185,7 +190,7 @@ def identity_of_pictures(
     told["precision"] = config.precision
     if conditions is not None:
         told["conditions"] = conditions.fingerprint
-    for key in ("sampler", "guidance", "neighbours"):
+    for key in ("sampler", "guidance"):
         told[key] = OmegaConf.to_container(config[key])
     return told
 

@@ -156,6 +156,13 @@ def test_models_that_are_not_whole_are_refused(clip_folder, tmp_path):
         Clip(str(pickled), device="cpu").score(samples())
 
 
+def test_a_folder_in_one_variant_alone_is_opened(clip_folder, tmp_path):
+    variant = shutil.copytree(clip_folder, tmp_path / "variant")
+    (variant / "model.safetensors").rename(variant / "model.fp16.safetensors")
+    plain, other = (Embedder(folder, "float32", "cpu").texts(CAPTIONS) for folder in (clip_folder, variant))
+    assert np.array_equal(plain, other)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_named(clip_folder):
     with pytest.raises(ValueError, match="finds no GPU"):

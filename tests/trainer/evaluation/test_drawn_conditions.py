@@ -141,6 +141,18 @@ def test_neighbours_are_those_of_samples_of_captions_or_of_drawn_entries(home: P
             assert np.abs(of[number][0] - same).max() <= 1
     assert any(np.abs(of_samples[number][0] - of_captions[number][0]).max() > 1 for number in range(4))
 
+    # Captions are no command line: none is a row or a file, whatever it looks like.
+    (home / "odd.txt").write_text("[3]\n[Sold] a car\n~ a view ~\nIMG_2034.jpg\n")
+    status, pictures = evaluated(home, "odd", *given, "queries=captions", f"prompts_file={home}/odd.txt")
+    assert status == 0 and len(kept(pictures)) == 4, capsys.readouterr().err
+    # Neighbours that are stored anew are others.
+    rows = []
+    for name, more in (("first", []), ("again", []), ("first", ["without_itself=true"])):
+        assert cli.execute(["retrieve", *retrieve, *more]) == 0
+        assert evaluated(home, name, *given)[0] == 0
+        rows.append(json.loads((home / f"runs/{name}/evaluation.json").read_text())[-1])
+    assert rows[0]["identity"] == rows[1]["identity"] != rows[2]["identity"] and rows[0]["queries"] == "samples"
+
     classes = trained(home, "imagenet", "name=without")
     for source, more, told in [
         (
@@ -149,6 +161,7 @@ def test_neighbours_are_those_of_samples_of_captions_or_of_drawn_entries(home: P
             "reads neighbours of samples, and no captions; leave it out, or add queries=captions",
         ),
         (run, ["queries=drawn", f"database={home}/nothing"], "nothing"),
+        (run, ["queries=drawn", "prompts=[a cat]"], "prompts: with queries=drawn nothing is asked for"),
         (classes.parent / "without", ["queries=drawn"], "queries=drawn: "),
         (classes.parent / "without", ["neighbours.k=2"], "neighbours: the model was trained without neighbours"),
     ]:
