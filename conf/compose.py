@@ -15,7 +15,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, first_line
 from conf.schema import parameters
 
 ROOT = Path(__file__).parent
@@ -69,7 +69,9 @@ def compose(job: str, overrides: list[str], missing: Literal["refuse", "null"] =
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         key = _unresolved(config)
-        raise ConfigError(f"{key!r} follows another value: {_first_line(error)}. Set {key} itself.") from error
+        raise ConfigError(
+            f"{key!r} follows another value: {first_line(error).rstrip('.')}. Set {key} itself."
+        ) from error
     # Items of lists last: they are missing because they follow a key that is.
     for key in sorted(OmegaConf.missing_keys(config), key=lambda key: ("[" in key, key)):
         if missing == "refuse":
@@ -297,8 +299,8 @@ def _sentence(job: str, error: Exception, config: DictConfig) -> str:
         return f"{twice.group(1)!r} has a choice already: put another in its place without the +."
     unfit = re.match(r"Error merging override \+*(.*)", text)
     if unfit:
-        return f"{unfit.group(1)!r} does not fit what is there: {_first_line(error.__cause__ or error)}."
-    return f"{_first_line(error)}."
+        return f"{unfit.group(1)!r} does not fit what is there: {first_line(error.__cause__ or error).rstrip('.')}."
+    return f"{first_line(error).rstrip('.')}."
 
 
 def _near_key(config: DictConfig, key: str) -> str:
@@ -311,7 +313,3 @@ def _near_key(config: DictConfig, key: str) -> str:
 def _nearest(word: str, options: list[str]) -> str:
     close = difflib.get_close_matches(word, options, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

@@ -17,3 +17,8 @@ def mistakes() -> Iterator[None]:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what some libraries put under it: the query, a traceback, a list of all there is."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

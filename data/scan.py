@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from conf.errors import first_line
 from data.manifest import STRUCTURE, Manifest
 from data.parquet import open_parquet
 from data.scores import open_scores, score_columns
 from data.store import Store
-from data.where import Where, WhereError, first_line
+from data.where import Where, WhereError
 
 CHUNK_ROWS = 1 << 20
 """Rows that go through DuckDB at once."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import duckdb
 
+from conf.errors import first_line
 from data.curation.columns import WRITTEN_BY
 
 _ORDERINGS = (
@@ -203,11 +204,6 @@ def _hint(column: str, names: list[str]) -> str:
         return ""
     filter_of = "" if near[0] in names else f", which `millrace curate filter={WRITTEN_BY[near[0]]}` writes"
     return f"did you mean {near[0]!r}{filter_of}? "
-
-
-def first_line(error: Exception) -> str:
-    """DuckDB's message without the excerpt of the query under it."""
-    return str(error).strip().splitlines()[0]
 
 
 def _bare(sql: str) -> str:

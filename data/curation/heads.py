@@ -12,6 +12,7 @@ import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.errors import first_line
 from data.curation.base import GlobalFilter, ShardColumns
 from data.curation.embeddings import read_vectors
 from data.tracking import RunLog
@@ -100,7 +101,7 @@ def _read_state(path: Path) -> dict[str, Any]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} holds no weights that can be read: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{path} holds no weights that can be read: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict but a {type(state).__name__}")
     return state

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 
+from conf.errors import first_line
 from models.hub import without_bars
 from models.pipeline_folder import TRANSFORMERS_STEM
 from models.tensor_files import variant_of
@@ -58,7 +59,7 @@ def load_part(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
         with without_bars():
             return load(folder, **options)
     except (OSError, ImportError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]  # a list of all model types may follow
+        reason = first_line(error)  # a list of all model types may follow
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, first_line
 from data.parquet import told_at
 from data.retrieval.marks import mark_at, size_in
 from data.retrieval.metadata import MetadataReader
@@ -339,7 +339,7 @@ def map_embeddings(path: Path, remedy: str) -> np.ndarray:
     try:
         vectors = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # headers are read as Python, and raise what that may
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise ConfigError(f"{path} cannot be read ({reason}): {remedy}") from error
     if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
         raise ConfigError(

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, first_line
 from data.curation.base import Media
 from data.curation.clip import Embedder, shared_embedder
 from data.curation.media import read_media
@@ -114,7 +114,7 @@ class Embedding:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the configuration of embedding.model={self.model}, which tells the width, cannot be read:"
-                f" give width=... ({str(error).strip().splitlines()[0]})"
+                f" give width=... ({first_line(error)})"
             ) from error
         return embedding_width(config, self.model)
 

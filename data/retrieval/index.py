@@ -22,7 +22,7 @@ import faiss
 import numpy as np
 import xxhash
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, first_line
 from data.curation.embeddings import faiss_threads
 from data.retrieval.database import Database, Part, Side, index_path, told_path
 from data.retrieval.marks import mark_at
@@ -356,7 +356,7 @@ class Searcher:
         try:
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
-            raise ConfigError(f"{path} is damaged ({_first(error)}): {database.remedy}") from error
+            raise ConfigError(f"{path} is damaged ({first_line(error)[:200]}): {database.remedy}") from error
         if (self._index.d, self._index.ntotal) != (database.width, database.rows):
             database.check_files()
             raise ConfigError(
@@ -425,7 +425,3 @@ def _on_gpus(index: Any, cells: int) -> Iterator[None]:
     yield
     own.clustering_index = None
     del comparing  # which FAISS, that has a pointer to it, does not keep
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, first_line
 from data.retrieval.marks import mark_at
 
 _OPEN = 64
@@ -101,4 +101,4 @@ class MetadataReader:
         return self._tables[key]
 
     def _unreadable(self, path: Path, error: Exception) -> ConfigError:
-        return ConfigError(f"{path} cannot be read ({str(error).strip().splitlines()[0]}): {self._remedy}")
+        return ConfigError(f"{path} cannot be read ({first_line(error)}): {self._remedy}")
