@@ -180,9 +180,8 @@ def _drop_of_other_classes(config: DictConfig, choices: list[Override], stand_in
             if "_target_" in inner:
                 takes = parameters(inner._target_, f"{place}.{path}")
                 stale = [key for key in inner if not str(key).startswith("_") and not takes(str(key))]
-            elif (
-                not path and not package
-            ):  # no class of its own: it takes what its file says, and descriptions of objects (by_phase)
+            elif not path and not package:
+                # No class of its own: it takes what its file says, and descriptions of objects (by_phase).
                 own = OmegaConf.load(ROOT / group / f"{choice}.yaml")
                 stale = [key for key in inner if key not in own and not isinstance(inner._get_node(key), DictConfig)]
             else:

@@ -45,16 +45,15 @@ from trainer.evaluation.opening import (
     open_model,
     open_prompts,
     open_reference,
-    sampling_numbers,
     told_of_reference,
 )
 from trainer.evaluation.pictures import DrawnPictures, KeptPictures, PictureSet, ReconstructedPictures
 from trainer.evaluation.results import SHOWN, Results, caption_of
 from trainer.loading import Loaded
 from trainer.rank_progress import rank_progress
-from trainer.sample import check_guidance, guidance_of, sampler_of
+from trainer.sample import check_guidance, guidance_of, sampler_of, told_of
 from trainer.sample_neighbours import NeighboursConfig, neighbour_fields
-from trainer.sampling import OwnGuidance, OwnSampler
+from trainer.sampling import OwnGuidance, OwnSampler, sampled_with
 
 log = logging.getLogger(__name__)
 
@@ -350,12 +349,13 @@ def _drawing(config: Any, setting: Setting, model: Loaded) -> tuple[Sampler, Gui
 
 
 def _fixed(config: Any, model: Model | None) -> dict[str, Any]:
-    """Of what pictures are drawn with, what is alike in all settings and not the usual: the scale of guidance by
-    pictures, numbers that stand for fields, which neighbours they have."""
+    """Of what pictures are drawn with, what is alike in all settings: the scale of guidance by pictures where that
+    acts, numbers that stand for fields, which neighbours they have."""
     if not isinstance(model, Loaded):
         return {}
-    picture_scale = guidance_of(build(config.guidance), model).picture_scale
-    told = ({"picture_scale": picture_scale} if picture_scale != 1 else {}) | sampling_numbers(model)
+    told: dict[str, Any] = told_of(guidance_of(build(config.guidance), model))
+    del told["guidance"]  # settings have it
+    told |= sampled_with(model.networks["conditioner"], model.fields)
     if not neighbour_fields(model):
         return told
     asked = {key: config.neighbours[key] for key in ("k", "query", "column")}

@@ -135,7 +135,7 @@ def run(config: Any) -> None:
         shared |= {"adapters": list(config.adapters)} if config.adapters else {}
         shared |= {key: config[key] for key in ("negative", "mask", "strength", "refiner") if config[key]}
         shared |= {"changed": config.image} if config.image else {}
-        shared |= {k: v for k, v in sampled_with(loaded.networks["conditioner"]).items() if k not in told[0][0]}
+        shared |= sampled_with(loaded.networks["conditioner"], told[0][0])
         for number, ((of, seed), image) in enumerate(zip(told, images, strict=True)):
             save_png(image, out / f"{number:05d}.png", {"prompt": "", **of, "seed": seed} | shared)
         metadata = {"prompts": [p.prompt for p in pictures], "seeds": [p.seed for p in pictures], **shared}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -275,10 +275,10 @@ class SamplingDraws:
         return [Draws(seed, ((SAMPLING_STEP, 0, self.step),)) for seed in self.seeds]
 
 
-def sampled_with(conditioner: nn.Module) -> dict[str, float]:
-    """Numbers that stand for fields which are not given; see `ConditionMap`."""
+def sampled_with(conditioner: nn.Module, given: Container[str]) -> dict[str, float]:
+    """Numbers that stand for the fields which are not given; see `ConditionMap`."""
     maps = conditioner.map_list() if isinstance(conditioner, Conditioner) else []
-    return {name: number for one in maps for name, number in one.sampled_with.items()}
+    return {name: number for one in maps for name, number in one.sampled_with.items() if name not in given}
 
 
 def given_of(
@@ -289,8 +289,8 @@ def given_of(
     assert len(images) in (0, len(pictures)), "some pictures have an image, and some have none"
     height, width = pictures[0].height, pictures[0].width
     fields = {name: _column([p.fields[name] for p in pictures], device) for name in pictures[0].fields}
-    for name, number in sampled_with(conditioner).items():
-        fields.setdefault(name, torch.full((len(pictures),), number, device=device))
+    for name, number in sampled_with(conditioner, fields).items():
+        fields[name] = torch.full((len(pictures),), number, device=device)
 
     def sizes(values: Sequence[tuple[int, int] | None]) -> Tensor:
         return torch.tensor([value or (height, width) for value in values], device=device)

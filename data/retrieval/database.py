@@ -221,6 +221,13 @@ class Database:
         """Whether the metadata tell the shards that the rows were made of."""
         return {"shard", "row"} <= self._told_columns
 
+    @cached_property
+    def shards(self) -> dict[str, str]:
+        """By part that has rows, the shard that it was made of, without what is secret of its URL."""
+        parts = [part for part in self.parts if part.rows]
+        told = self.metadata([part.start for part in parts], ["shard"])
+        return {part.name: one["shard"] for part, one in zip(parts, told, strict=True)}
+
     @property
     def tells_captions(self) -> bool:
         """Whether the metadata have captions."""

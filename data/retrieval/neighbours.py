@@ -3,7 +3,6 @@
 none."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,16 +55,10 @@ class OwnRows:
                 continue
             if self._digests.get(part.name) == manifest.digest:
                 ids += range(part.start, part.start + part.rows)
-            elif self._shards[part.name] == redact(manifest.shard):
+            elif self._database.shards[part.name] == redact(manifest.shard):
                 self._database.check_shard(part.start, redact(manifest.shard), manifest.digest)
         rows = [one["row"] for one in self._database.metadata(ids, ["row"])]
         return np.array(ids, np.int64), np.array(rows, np.int64)
-
-    @cached_property
-    def _shards(self) -> dict[str, str]:
-        parts = [part for part in self._database.parts if part.rows]
-        told = self._database.metadata([part.start for part in parts], ["shard"])
-        return {part.name: one["shard"] for part, one in zip(parts, told, strict=True)}
 
 
 def recipe_of(database: Database, embedding: Embedding, k: int, without_itself: bool) -> Recipe:

@@ -33,13 +33,12 @@ class Originals:
         if not database.tells_shards:
             raise ConfigError(f"the metadata of {database.folder} do not tell the shards that its pictures are in")
         self._database, self._store = database, store
-        parts = [part for part in database.parts if part.rows]
-        self._shards = [one["shard"] for one in database.metadata([part.start for part in parts], ["shard"])]
-        manifests = ensure_indexed(self._shards, store, manifest_folder)
+        parts, shards = [part for part in database.parts if part.rows], list(database.shards.values())
+        manifests = ensure_indexed(shards, store, manifest_folder)
         for part, manifest in zip(parts, manifests, strict=True):
             database.check_shard(part.start, manifest.shard, manifest.digest)
         self._rows = ManifestReader(store, [one.url for one in manifests], [one.digest for one in manifests])
-        self._numbers = {shard: i for i, shard in enumerate(self._shards)}
+        self._numbers = {shard: i for i, shard in enumerate(shards)}
 
     def picture(self, row: int, cover: tuple[int, int]) -> np.ndarray:
         """What was embedded: a picture, or a patch of one, (h, w, 3) uint8 RGB; a whole picture perhaps smaller than

@@ -24,7 +24,6 @@ from trainer.evaluation.distributions import read_statistics
 from trainer.evaluation.pictures import Asked, FolderPictures, TarPictures, one_size, single_bucket
 from trainer.loading import Loaded, LoadedFirstStage, load_first_stage, load_model
 from trainer.sample_neighbours import NeighbourReader
-from trainer.sampling import sampled_with
 
 Model = Loaded | LoadedFirstStage
 
@@ -193,12 +192,6 @@ def identity_of_pictures(
     for key in ("sampler", "guidance"):
         told[key] = OmegaConf.to_container(config[key])
     return told
-
-
-def sampling_numbers(model: Loaded) -> dict[str, float]:
-    """Numbers that stand for fields which samples do not come with; see `ConditionMap`."""
-    told = sampled_with(model.networks["conditioner"])
-    return {name: number for name, number in told.items() if name not in model.fields}
 
 
 def told_of_reference(config: Any, reference: Any) -> str | None:
