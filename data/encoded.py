@@ -34,7 +34,7 @@ from data.buckets import Bucket
 from data.manifest import SUFFIX, Manifest
 from data.parquet import open_parquet, to_parquet, told_at
 from data.store import Store, redact
-from models.conditioner import Outputs
+from models.given import Outputs
 
 VERSION = 2
 MOMENTS, FLIPPED = "moments", "flipped"

@@ -22,7 +22,7 @@ from data.manifest_reader import ManifestReader
 from data.members import ContentError, read_member
 from data.selection import Selection
 from data.store import Store, redact
-from models.conditioner import Outputs
+from models.given import Outputs
 
 Record = Mapping[str, Any]
 _FRAMING = ("original_height", "original_width", "crop_top", "crop_left")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from models.conditioner import ConditionMap, Encoder, Given, LearnedEncoder, Outputs
+from models.conditioner import ConditionMap, Encoder, LearnedEncoder
+from models.given import Given, Outputs
 from models.pretrained import ComponentFolder
 
 
@@ -171,7 +172,7 @@ class SemanticMap(ConditionMap):
             tensor.uniform_(-bound, bound, generator=generator)
 
     def check_folder(self) -> None:
-        """See `LearnedEncoder.check_folder`."""
+        """See `ConditionMap.check_folder`."""
         if self.folder is not None:
             _check_shape(ComponentFolder(self.folder), "colours.weight", [tuple(self.colours.weight.shape)])
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.conditioner import Encoder, Outputs
+from models.conditioner import Encoder
+from models.given import Outputs
 
 
 class EachEncoder(Encoder):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from models.conditioner import Encoder, Outputs
+from models.conditioner import Encoder
+from models.given import Outputs
 from models.hub import Dtype, device_of, load_part, load_weights
 
 # Modules of a pair of encoders that pictures do not pass through.

@@ -19,7 +19,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from models.conditioner import Outputs
+from models.given import Outputs
 from models.token_transformer import TransformerEncoder
 
 Corners = tuple[float, float, float, float]

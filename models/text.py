@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from models.conditioner import Encoder, Outputs
+from models.conditioner import Encoder
+from models.given import Outputs
 from models.hub import Dtype, device_of, load_part, load_weights
 
 

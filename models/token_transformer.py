@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.conditioner import LearnedEncoder, Outputs
+from models.conditioner import LearnedEncoder
+from models.given import Outputs
 from models.pipeline_folder import TRANSFORMERS_STEM
 from models.tensor_files import SafetensorsFiles, open_stem
 

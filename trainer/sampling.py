@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from data.draws import Draws
 from models.code_sampler import CodeSampler
-from models.conditioner import Conditioner, Given
+from models.conditioner import Conditioner
+from models.given import Given
 from models.guidance import Guidance, denoiser
 from models.process import Process
 from models.samplers import Course, Sampler

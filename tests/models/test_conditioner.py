@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.conditioner import AbsentEncoder, Conditioner, ConditionMap, Given, LearnedEncoder, SizeIds
+from models.conditioner import AbsentEncoder, Conditioner, ConditionMap, LearnedEncoder, SizeIds
+from models.given import Given
 from models.initialization import initialize
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from data.draws import slice_draws
 from models.autoencoder import AutoencoderKL
-from models.conditioner import Conditioner, Given
+from models.conditioner import Conditioner
 from models.conditions import (
     ClassEncoder,
     GuidedNeighbourEncoder,
@@ -19,6 +19,7 @@ from models.conditions import (
     SemanticMap,
 )
 from models.first_stage import FirstStage, Identity, KLFirstStage
+from models.given import Given
 from models.initialization import initialize
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from models.conditioner import Conditioner, Given
+from models.conditioner import Conditioner
 from models.conditions import ClassEncoder
 from models.each import EachEncoder
+from models.given import Given
 from models.image import ImageEncoder
 from models.text import ClipEncoder
 from tests.data.curation.tiny_models import save_clip

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.conditioner import AbsentEncoder, Conditioner, Given
+from models.conditioner import AbsentEncoder, Conditioner
+from models.given import Given
 from models.image import ImageEncoder
 from tests.data.curation.tiny_models import SIDE, drop_weight, save_clip, save_siglip
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.conditioner import Given
+from models.given import Given
 from models.initialization import initialize
 from models.lora import CONFIG_FILE, DENOISER, DIFFUSERS_FILE, PEFT_FILE, Adapter, LoRA, save_adapters
 from models.pipeline_folder import PipelineFolder

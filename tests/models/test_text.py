@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import conf
-from models.conditioner import AbsentEncoder, Conditioner, Given
+from models.conditioner import AbsentEncoder, Conditioner
+from models.given import Given
 from models.text import ClipEncoder, T5Encoder
 from models.text_training import train_tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.conditioner import Given
+from models.given import Given
 from models.lora import DENOISER, Adapter, LoRA, load_adapters, save_adapters
 from models.text_lora import adapt_text, text_adapters
 from tests.foreign import ask, install

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from transformers import AutoTokenizer, T5EncoderModel
 
 import conf
-from models.conditioner import Given
+from models.given import Given
 from models.text_training import CaptionConditioner, cut_spans, train_t5, train_text_encoder, train_tokenizer
 
 CAPTIONS = [

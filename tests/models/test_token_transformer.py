@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.conditioner import Conditioner, Given
+from models.conditioner import Conditioner
+from models.given import Given
 from models.initialization import initialize
 from models.layout import Layout, LayoutEncoder
 from models.token_transformer import BertTextEncoder, TokenTransformer

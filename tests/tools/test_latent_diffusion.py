@@ -18,7 +18,7 @@ from transformers import BertTokenizer
 
 from conf.compose import compose
 from conf.schema import build
-from models.conditioner import Given
+from models.given import Given
 from models.guidance import Guidance
 from models.original import configs, names
 from models.original.checkpoint import OriginalCheckpoint

@@ -8,9 +8,10 @@ from conf.compose import compose
 from conf.schema import build
 from data.batch import Batch
 from data.draws import slice_draws
-from models.conditioner import Conditioner, Given
+from models.conditioner import Conditioner
 from models.densities import Uniform
 from models.first_stage import Identity
+from models.given import Given
 from models.guidance import Guidance
 from models.initialization import initialize
 from models.parameterizations import Noise

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conf.schema import build
-from models.conditioner import Given
+from models.given import Given
 from models.guidance import Guidance
 from models.pipeline_folder import PipelineFolder
 from models.samplers import Course

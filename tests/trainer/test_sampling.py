@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderKL
-from models.conditioner import Given
 from models.densities import Uniform
 from models.first_stage import KLFirstStage
+from models.given import Given
 from models.guidance import Guidance
 from models.mmdit import MMDiT
 from models.parameterizations import Velocity

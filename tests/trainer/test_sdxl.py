@@ -12,7 +12,7 @@ from conf.compose import compose
 from conf.schema import build, check
 from data.run_directory import read_jsonl
 from data.transforms import Framing, place
-from models.conditioner import Given
+from models.given import Given
 from models.unet import UNet
 from tests.data.shard_files import write_shard
 from tests.trainer.jobs import QUICK, train_on

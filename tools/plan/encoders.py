@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from conf.errors import ConfigError
 from conf.schema import build, target
-from models.conditioner import Conditioner, Encoder, Outputs, StoredEncoder
+from models.conditioner import Conditioner, Encoder, StoredEncoder
 from models.each import EachEncoder
+from models.given import Outputs
 from models.hub import load_part
 from models.image import ImageEncoder, embed, embedding_width
 from models.text import ClipEncoder, T5Encoder

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.buckets import Bucket
 from data.encoded import MOMENTS, encoder_outputs
-from models.conditioner import Given
+from models.given import Given
 from trainer.objectives.base import Objective, Phase
 
 

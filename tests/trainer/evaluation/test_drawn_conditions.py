@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from models.conditioner import Given
 from models.conditions import LowResolution
+from models.given import Given
 from tests.data.curation.tiny_models import save_clip
 from tests.data.shard_files import write_shard
 from tests.models import tiny_pipelines
