@@ -14,7 +14,7 @@ from models.tensor_files import variant_of
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def load_weights(kind: Any, model: str, subfolder: str, dtype: Dtype, **options: Any) -> Any:
+def load_weights(kind: Any, model: str | Path, subfolder: str, dtype: Dtype, **options: Any) -> Any:
     """A model with its weights, of one of transformers' classes.
 
     Args:
@@ -32,7 +32,7 @@ def load_weights(kind: Any, model: str, subfolder: str, dtype: Dtype, **options:
     loaded, told = load_part(kind.from_pretrained, model, subfolder, **options)
     if missing := sorted(told["missing_keys"]):
         raise ValueError(
-            f"{_place(model, subfolder)!r} lacks {len(missing)} of the weights of {type(loaded).__name__}, such as"
+            f"{_place(model, subfolder)} lacks {len(missing)} of the weights of {type(loaded).__name__}, such as"
             f" {missing[0]}"
         )
     return loaded
@@ -43,7 +43,7 @@ def device_of(model: Any) -> torch.device:
     return next(chain(model.parameters(), model.buffers())).device
 
 
-def load_part(load: Callable[..., Any], model: str, subfolder: str, **options: Any) -> Any:
+def load_part(load: Callable[..., Any], model: str | Path, subfolder: str = "", **options: Any) -> Any:
     """What one of transformers' `from_pretrained` makes of a folder or name: a tokenizer, a processor, a configuration.
 
     Raises:
@@ -52,15 +52,16 @@ def load_part(load: Callable[..., Any], model: str, subfolder: str, **options: A
     try:
         with without_bars():
             return load(model, subfolder=subfolder, **options)
-    except OSError as error:
+    except (OSError, ImportError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]  # a list of all model types may follow
         raise ValueError(
-            f"Could not load the encoder or its tokenizer or image processor from {_place(model, subfolder)!r}: give a "
-            f"local folder, or a name on the Hugging Face hub that is reachable or already downloaded. {error}"
+            f"{_place(model, subfolder)} cannot be loaded: {reason} (Give a local folder, or a name on the Hugging Face"
+            " hub that is reachable or already downloaded.)"
         ) from error
 
 
-def _place(model: str, subfolder: str) -> str:
-    return f"{model}/{subfolder}" if subfolder else model
+def _place(model: str | Path, subfolder: str) -> str:
+    return f"{model}/{subfolder}" if subfolder else str(model)
 
 
 @contextmanager

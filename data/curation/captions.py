@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from data.curation.base import Failure, Filter, Media
-from data.curation.pretrained import Device, Dtype, fingerprint, load_model, load_part, model_folder
+from data.curation.pretrained import Device, Dtype, fingerprint, load_model, model_folder
+from models.hub import load_part
 
 
 class Writer:

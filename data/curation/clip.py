@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from data.curation.base import Failure, Filter, Media
 from data.curation.heads import Head
-from data.curation.pretrained import Device, Dtype, fingerprint, load_model, load_part, model_folder
+from data.curation.pretrained import Device, Dtype, fingerprint, load_model, model_folder
+from models.hub import load_part
 from models.image import embed, embedding_width
 
 

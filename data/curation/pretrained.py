@@ -1,16 +1,12 @@
 """Models of transformers for filters: from a folder or the Hugging Face hub, safetensors only."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import xxhash
 
-from conf.errors import first_line
-from models.hub import without_bars
-from models.pipeline_folder import TRANSFORMERS_STEM
-from models.tensor_files import variant_of
+from models.hub import load_weights
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
@@ -49,20 +45,6 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_part(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
-    """What one of transformers' `from_pretrained` makes of the folder: a tokenizer, a processor, a configuration.
-
-    Raises:
-        ValueError: the folder lacks it.
-    """
-    try:
-        with without_bars():
-            return load(folder, **options)
-    except (OSError, ImportError, ValueError) as error:
-        reason = first_line(error)  # a list of all model types may follow
-        raise ValueError(f"{folder} cannot be loaded: {reason}") from error
-
-
 def load_model(kind: Any, folder: Path, dtype: Dtype, device: Device) -> Any:
     """A frozen model with its weights, of one of transformers' auto classes. Pickled weights, which could run code, are
     not read.
@@ -70,14 +52,7 @@ def load_model(kind: Any, folder: Path, dtype: Dtype, device: Device) -> Any:
     Raises:
         ValueError: no safetensors, or they lack some of the model's weights.
     """
-    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
-    options["variant"] = variant_of(folder, TRANSFORMERS_STEM)
-    model, told = load_part(kind.from_pretrained, folder, **options)
-    if missing := sorted(told["missing_keys"]):
-        # transformers would leave these at random.
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}"
-        )
+    model = load_weights(kind, folder, "", dtype)
     return model.to(find_device(device)).eval().requires_grad_(False)
 
 
