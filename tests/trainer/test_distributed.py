@@ -60,9 +60,12 @@ def test_joins_with_and_without_a_launcher_and_ends_clean(launcher, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["PYTHONPATH"] = os.getcwd()  # noqa: PTH109
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment |= {"PYTHONPATH": os.getcwd(), "TMPDIR": str(temporary)}  # noqa: PTH109
     done = subprocess.run(
         [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert ("size 2 launched True" if launcher else "size 1 launched False") in done.stdout
+    assert launcher or not list(temporary.iterdir()), "alone, it leaves nothing behind"

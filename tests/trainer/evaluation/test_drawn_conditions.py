@@ -141,6 +141,12 @@ def test_neighbours_are_those_of_samples_of_captions_or_of_drawn_entries(home: P
             assert np.abs(of[number][0] - same).max() <= 1
     assert any(np.abs(of_samples[number][0] - of_captions[number][0]).max() > 1 for number in range(4))
 
+    # Fewer of those that are stored, of held-out samples and of others.
+    for name, more in (("held_out", []), ("reference", [f"reference={shards}", "samples=4"])):
+        whole, fewer = (
+            kept(evaluated(home, f"{name}{len(k)}", *given, *more, *k)[1]) for k in ([], ["neighbours.k=1"])
+        )
+        assert any(np.abs(whole[number][0] - fewer[number][0]).max() > 1 for number in range(4))
     # Captions are no command line: none is a row or a file, whatever it looks like.
     (home / "odd.txt").write_text("[3]\n[Sold] a car\n~ a view ~\nIMG_2034.jpg\n")
     status, pictures = evaluated(home, "odd", *given, "queries=captions", f"prompts_file={home}/odd.txt")
