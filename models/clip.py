@@ -124,6 +124,10 @@ class CLIP(nn.Module):
             )
         return loaded
 
+    def check_tokenizer(self) -> None:
+        """See `tokenizer`."""
+        _ = self.tokenizer
+
     def learn_tokenizer(self, captions: Callable[[], Iterable[str]]) -> None:
         """Train the tokenizer from captions, where it is one to be trained and not there yet."""
         folder = Path(self.tokenizer_source)
@@ -135,7 +139,7 @@ class CLIP(nn.Module):
         self,
         folder: str | Path,
         tensors: Mapping[str, Tensor],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Write a folder that transformers opens: the network with these weights, tokenizer and image processor."""
@@ -146,7 +150,7 @@ class CLIP(nn.Module):
         self.architecture.save_pretrained(folder)
         scalar = {"logit_scale": tensors["logit_scale"].reshape(())}
         named = {name: scalar.get(name, tensors[name]) for name, _ in self.named_parameters()}
-        layout = {name: Meta(dtype, tuple(tensor.shape)) for name, tensor in named.items()}
+        layout = {name: Meta(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()}
         write_stem(folder, TRANSFORMERS_STEM, layout, iter(named.items()), shard_bytes)
         self.tokenizer.save_pretrained(folder)
         side = self.architecture.vision_config.image_size

@@ -6,7 +6,7 @@ stays beside its architecture.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -46,6 +46,26 @@ class Pretrained(Protocol):
 
     def from_diffusers(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor `name` of `state_dict`, made of what `read` gives for the counterpart's names."""
+
+
+@runtime_checkable
+class OfTransformers(Protocol):
+    """A network with a counterpart in transformers, under its names there; with a tokenizer of captions."""
+
+    def save(
+        self, folder: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
+    ) -> None:
+        """Write a folder that transformers opens; see the function `save`."""
+
+    def learn_tokenizer(self, captions: Callable[[], Iterable[str]]) -> None:
+        """Train the tokenizer from captions, where it is one to be trained and not there yet."""
+
+    def check_tokenizer(self) -> None:
+        """Whether there is one for this network.
+
+        Raises:
+            ValueError: there is not.
+        """
 
 
 class ComponentFolder:
@@ -160,7 +180,8 @@ def save(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a component's folder that diffusers' `from_pretrained` reads, replacing the weights of a former one.
+    """Write a component's folder that diffusers' or transformers' `from_pretrained` reads, replacing the weights of a
+    former one.
 
     Args:
         network: a network with a counterpart; it may be on the meta device if `tensors` are given.
@@ -169,6 +190,9 @@ def save(
         dtype: of the file; None keeps each tensor's own.
         shard_bytes: more than this goes into several files.
     """
+    if isinstance(network, OfTransformers):
+        network.save(folder, network.state_dict() if tensors is None else tensors, dtype, shard_bytes)
+        return
     assert isinstance(network, Pretrained)
     state = {name: (tensors or {}).get(name, own).detach() for name, own in network.state_dict().items()}
     absent = [name for name, tensor in state.items() if tensor.is_meta]

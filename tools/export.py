@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from conf.errors import ConfigError
 from conf.schema import build
 from models.autoencoder import AutoencoderKL
-from models.clip import CLIP
 from models.conditions import SemanticMap
 from models.first_stage import FirstStage
 from models.lora import DENOISER, save_adapters
@@ -144,9 +143,9 @@ def _write_clip(path: Path, trained: Any, folder: Path, config: Any) -> list[str
     if config.adapters:
         raise ConfigError("adapters: a CLIP takes none; leave them out.")
     with torch.device("meta"):
-        network: CLIP = build(trained.networks.clip)
+        network = build(trained.networks.clip)
     weights = load_weights(path, "clip", ema=average_of(path, config.average))
-    network.save(folder, weights, getattr(torch, config.dtype), config.shard_bytes)
+    save(network, folder, weights, getattr(torch, config.dtype), config.shard_bytes)
     return []
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.clip import CLIP
 from models.pipeline_folder import TRANSFORMERS_STEM
-from models.pretrained import ComponentFolder, Pretrained
+from models.pretrained import ComponentFolder, OfTransformers, Pretrained
 from models.tensor_files import open_stem
 from trainer.checkpoint import load_shards, load_tensors, saved_shapes
 from trainer.checkpoint.format import is_committed
@@ -131,7 +130,7 @@ class InitFrom:
                 f"init_from: {path} is neither a checkpoint directory (committed.json) nor a diffusers component "
                 f"(config.json), and has no component {name!r}"
             )
-        return _ClipFolder(folder) if isinstance(network, CLIP) else _Component(folder, network)
+        return _TransformersFolder(folder) if isinstance(network, OfTransformers) else _Component(folder, network)
 
 
 class _Source(Protocol):
@@ -301,8 +300,8 @@ class _Component:
         return self._network.from_diffusers(name, self._folder.read).float()
 
 
-class _ClipFolder:
-    """A CLIP's folder of transformers, whose names are ours."""
+class _TransformersFolder:
+    """A folder of transformers', whose names are ours."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._files = path, open_stem(path, TRANSFORMERS_STEM)

@@ -11,11 +11,11 @@ from conf.errors import ConfigError, mistakes
 from conf.schema import build, target
 from data.buckets import Buckets
 from data.tars import TarData, TarSplit
-from models.clip import CLIP
 from models.conditioner import Conditioner, ConditionMap, LearnedEncoder
 from models.conditions import NeighbourEncoder
 from models.each import EachEncoder
 from models.pipeline_folder import INDEX, PipelineFolder
+from models.pretrained import OfTransformers
 from models.text import ClipEncoder
 from models.text_lora import adapt_text
 from trainer.distributed import World, barrier
@@ -46,11 +46,11 @@ def build_networks(config: Any, objective: Objective, split: TarSplit, world: Wo
             _check_conditions(networks["denoiser"], conditioner.context_dim, conditioner.pooled_dim)
         _check_neighbours(networks["conditioner"], split.data)
     for network in networks.values():
-        if isinstance(network, CLIP):
+        if isinstance(network, OfTransformers):
             if world.is_main:
                 network.learn_tokenizer(lambda: split.captions(_CAPTIONS))
             barrier()
-            network.tokenizer  # noqa: B018  (is there, and fits, before anything starts)
+            network.check_tokenizer()
     return {name: networks[name] for name in objective.networks}
 
 

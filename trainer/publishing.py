@@ -9,7 +9,6 @@ import torch
 from conf.schema import build
 from data.batch import Batch
 from data.run_directory import RunDirectory
-from models.clip import CLIP
 from models.pretrained import save
 from trainer.callbacks import averaged
 from trainer.checkpoint import Checkpointer, load_weights
@@ -41,9 +40,7 @@ def publish(
             network = build(config.networks[published.network])
         folder = RunDirectory(config.runs, config.name).path / published.folder
         weights = load_weights(checkpoint, published.network, ema=length)
-        if isinstance(network, CLIP):
-            network.save(folder, weights)
-        else:
+        if published.config:
             network.config |= published.config
-            save(network, folder, weights)
+        save(network, folder, weights)
     barrier()
