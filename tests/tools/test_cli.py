@@ -295,6 +295,14 @@ def test_so_they_do_where_a_choice_goes_elsewhere(scale):
     assert after.data.sources.photos.shards == before.data.sources.photos.shards
 
 
+def test_a_clause_that_is_chosen_takes_nothing_from_its_source(tmp_path):
+    (tmp_path / "own.yaml").write_text("data: {sources: {photos: {shards: /nowhere, weight: 2.0}}}\n")
+    choice = "+where@data.sources.photos=imagenet_dogs"
+    config = compose("train", [f"experiment={tmp_path}/own.yaml", "scale=tiny", choice])
+    assert (config.data.sources.photos.shards, config.data.sources.photos.weight) == ("/nowhere", 2.0)
+    assert "label" in config.data.sources.photos.where
+
+
 def test_tiny_gives_buckets_that_the_command_line_may_change():
     config = compose("train", ["experiment=sd3/medium_1024", "scale=tiny", "buckets.sizes=[[64, 64]]"])
     assert config.buckets == {"_target_": "data.buckets.BucketList", "sizes": [[64, 64]]}
