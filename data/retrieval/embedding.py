@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from conf.errors import ConfigError, first_line
+from conf.errors import ConfigError
 from data.curation.base import Media
 from data.curation.clip import Embedder, shared_embedder
 from data.curation.media import read_media
@@ -30,6 +30,7 @@ from data.retrieval.database import SIDES, Side, embedding_path, map_embeddings,
 from data.retrieval.marks import mark_at, mark_of
 from data.store import Store, redact
 from data.tasks import Task
+from models.hub import load_part
 from models.image import embedding_width
 
 _WHOLE = 512
@@ -110,13 +111,11 @@ class Embedding:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.model)
-        except (OSError, ValueError) as error:
+            return embedding_width(load_part(AutoConfig.from_pretrained, self.model), self.model)
+        except ValueError as error:
             raise ValueError(
-                f"the configuration of embedding.model={self.model}, which tells the width, cannot be read:"
-                f" give width=... ({first_line(error)})"
+                f"embedding.model={self.model} cannot be read, which tells the width: give width=... ({error})"
             ) from error
-        return embedding_width(config, self.model)
 
     def fingerprint(self) -> str:
         """Of the model."""

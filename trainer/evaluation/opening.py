@@ -102,23 +102,14 @@ def open_conditions(config: Any, model: Loaded, buckets: Buckets, reference: Any
     fields as the model was trained with, or the run's held-out ones; neighbours of other queries; None of other models.
 
     Raises:
-        ConfigError: there are no such samples; or no neighbours to be asked for, or more than these.
+        ConfigError: there are no such samples; or see `_open_neighbours`.
     """
     conditioner: Any = model.networks["conditioner"]
     names = read_of_samples(conditioner)
-    given = bool(config.prompts) or config.prompts_file is not None
+    given = _prompts_are_given(config)
     reader = NeighbourReader(config, model)
     if config.queries != "samples":
-        if not reader.fields or set(names) != set(reader.fields):
-            read = ", ".join(set(names) - set(reader.fields)) or "no neighbours"
-            raise ConfigError(f"queries={config.queries}: {model.source} reads {read}; leave it out.")
-        if given and config.queries == "drawn" and "captions" not in conditioner.reads:
-            raise ConfigError("prompts: with queries=drawn nothing is asked for; leave one of them out.")
-        if config.queries == "captions" or "captions" in conditioner.reads:
-            asked = open_prompts(config, model, buckets, reference)
-        else:
-            asked = _nothing(config, buckets, reference)
-        return NeighbourConditions(asked, reader, config.queries == "drawn")
+        return _open_neighbours(config, model, reader, buckets, reference)
     if not names or (given and "captions" in conditioner.reads):
         return None
     if given:
@@ -140,6 +131,32 @@ def open_conditions(config: Any, model: Loaded, buckets: Buckets, reference: Any
     count = config.samples or (reference.count if isinstance(reference, TarPictures | FolderPictures) else None)
     opened = first_on_node(world, lambda: data.open(buckets, split))
     return SampleConditions(opened, count or int(opened.totals().sum()))
+
+
+def _open_neighbours(
+    config: Any, model: Loaded, reader: NeighbourReader, buckets: Buckets, reference: Any
+) -> NeighbourConditions:
+    """Neighbours of captions, or of entries that are drawn.
+
+    Raises:
+        ConfigError: the model reads none, or more than these; prompts that nothing reads.
+    """
+    conditioner: Any = model.networks["conditioner"]
+    names, drawn = set(read_of_samples(conditioner)), config.queries == "drawn"
+    if not reader.fields or names != set(reader.fields):
+        read = ", ".join(names - set(reader.fields)) or "no neighbours"
+        raise ConfigError(f"queries={config.queries}: {model.source} reads {read}; leave it out.")
+    if not drawn or "captions" in conditioner.reads:
+        asked = open_prompts(config, model, buckets, reference)
+    elif _prompts_are_given(config):
+        raise ConfigError("prompts: with queries=drawn nothing is asked for; leave one of them out.")
+    else:
+        asked = _nothing(config, buckets, reference)
+    return NeighbourConditions(asked, reader, drawn)
+
+
+def _prompts_are_given(config: Any) -> bool:
+    return bool(config.prompts) or config.prompts_file is not None
 
 
 def open_prompts(config: Any, model: Loaded, buckets: Buckets, reference: Any) -> list[Asked]:
